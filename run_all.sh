@@ -1,0 +1,285 @@
+#!/usr/bin/env bash
+# Everything about PREFINE that is more than one command.
+#
+#   bash run_all.sh setup              make .venv (PYTHON=3.10 or PYTHON=/path/to/python picks one)
+#   bash run_all.sh demo [FLAG ...]    the whole method on BallCircle; flags go to prefine.py
+#   bash run_all.sh test [FLAG ...]    the tests; flags go to pytest
+#   bash run_all.sh bench [FLAG ...]   the speed figures
+#   bash run_all.sh [-j N]             every experiment of the README's tables, N at a time
+#   bash run_all.sh summary [FOLDER]   those tables, from FOLDER/*/metrics.json (default: runs)
+#
+# Every verb sets up on first use. What is done already is not done again.
+
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+TASKS=(OfflineBallCircle OfflineBallRun OfflineCarButton1 OfflinePointGoal1)
+METHODS=(prefine bc-safe dpo no-preferred no-dispreferred no-imitation no-return-weight) # prefine comes first
+SEEDS=(0 1 2 3 4)
+export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
+
+say() { echo "run_all.sh: $*" >&2; }
+fail() { say "$*" && exit 2; }
+unknown() {
+  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, and -j N with no verb."
+}
+
+# ------------------------------------------------------------------------------------------- setup
+
+# The one list of dependencies is the inline metadata (PEP 723) at the top of prefine.py.
+metadata() { sed -n '/^# \/\/\/ script$/,/^# \/\/\/$/p' prefine.py; }
+
+# The stamp is written last, so a half-made .venv has none and is made anew.
+is_set_up() {
+  local crc size python
+  [ -f .venv/stamp ] && .venv/bin/python -c '' 2>/dev/null || return 1
+  read -r crc size python <.venv/stamp || return 1
+  [ "$crc $size" = "$(metadata | cksum)" ] && [ "${PYTHON:-$python}" = "$python" ]
+}
+
+# Sets UV to a uv that runs: a command in PATH may be a shim of pyenv with nothing behind it.
+find_uv() {
+  local python
+  for UV in uv .uv/bin/uv; do
+    if "$UV" --version >/dev/null 2>&1; then return; fi
+  done
+  say "no uv in PATH: downloading it (about 25 MB) into .uv"
+  for python in python3 python /usr/bin/python3; do
+    # Debian's python3 may lack venv, but its pip can still install into a plain folder.
+    if { "$python" -m venv .uv && .uv/bin/python -m pip install -q uv; } >/dev/null 2>&1 ||
+      "$python" -m pip install -q --upgrade --target .uv uv >/dev/null 2>&1; then
+      if "$UV" --version >/dev/null 2>&1; then return; fi
+    fi
+  done
+  fail "uv is missing and pip could not install it; see https://docs.astral.sh/uv, then try again."
+}
+
+is_supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 12))' 2>/dev/null
+}
+
+# Sets REQUEST and FOUND: what was asked for, and the interpreter that answers to it.
+find_python() {
+  local requests=(3.11 3.10)
+  if [ -n "${PYTHON:-}" ]; then requests=("$PYTHON"); fi
+  for REQUEST in "${requests[@]}"; do
+    # uv gives up at a shim of pyenv that has no version behind it; the versions lie in a folder.
+    for FOUND in "$("$UV" python find --system --no-python-downloads "$REQUEST" 2>/dev/null)" \
+      "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/"$REQUEST"*/bin/python; do
+      if is_supported "$FOUND"; then return; fi
+    done
+  done
+  REQUEST=${requests[0]}
+  if [[ $REQUEST == 3.1[01]* ]]; then
+    say "no Python $REQUEST here: downloading it (about 30 MB)"
+    "$UV" python install "$REQUEST" >&2 &&
+      FOUND=$("$UV" python find --system --no-python-downloads "$REQUEST") &&
+      is_supported "$FOUND" && return
+  fi
+  fail "no Python 3.10 or 3.11${PYTHON:+ answers to PYTHON=$PYTHON}; install one and name it," \
+    "as in: PYTHON=/path/to/python3.11 bash run_all.sh setup"
+}
+
+make_venv() {
+  local tools log
+  find_uv
+  find_python
+  # Where pip is told of a folder of wheels, uv must know it too, or it takes torch's CUDA build.
+  if [ -n "${PIP_FIND_LINKS:-}" ]; then
+    export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}" # uv separates them by commas
+  fi
+  mapfile -t tools < <(metadata | sed -nE 's/^# (extras|develop) = \[(.*)\].*/\2/p' |
+    grep -oE '[^", ]+')
+  say "making .venv with $FOUND; packages that uv has not cached are downloaded"
+  rm -rf .venv
+  "$UV" venv -q --python "$FOUND" .venv || fail "uv could not make .venv, see above."
+  "$UV" pip install --python .venv/bin/python -r prefine.py "${tools[@]}" ||
+    fail "$("$UV" --version) could not install the packages, see above; run it again to go on."
+  log=$(.venv/bin/python - 2>&1 <<'PYTHON'
+from prefine import import_simulators
+
+for name in ("OfflineBallCircle-v0", "OfflineCarButton1Gymnasium-v0"):
+    env = import_simulators().make(name)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+PYTHON
+  ) || fail "the simulators do not run, so .venv is not ready: $log"
+  echo "$(metadata | cksum) $REQUEST" >.venv/stamp
+  say "set up with $(.venv/bin/python --version); both simulators step"
+}
+
+setup() {
+  [ -n "$(metadata)" ] || fail "prefine.py has no '# /// script' block, which lists its packages."
+  is_set_up || (
+    # Two setups at a time would delete each other's work. macOS has no flock.
+    if command -v flock >/dev/null; then
+      flock -n 9 || { say "waiting for another setup to end" && flock 9; }
+    fi
+    is_set_up || make_venv
+  ) 9>.setup.lock
+}
+
+# ------------------------------------------------------------------------------------- experiments
+
+# One experiment: TASK METHOD SEED. It never fails, so that xargs goes on with the others.
+experiment() {
+  local name="$1__$2__$3" flags=(--env "$1" --method "$2" --seed "$3" --dataset scripted)
+  [ ! -e "runs/$name/metrics.json" ] || return 0
+  if [ "$1" = OfflineHalfCheetahVelocity ]; then flags+=(--dataset "$HALFCHEETAH"); fi
+  # All methods of a task and seed start from the same policy, which prefine's run has trained.
+  if [ "$2" != prefine ]; then flags+=(--policy "runs/$1__prefine__$3/pretrained.pt"); fi
+  echo "$name"
+  OMP_NUM_THREADS=1 .venv/bin/python prefine.py "${flags[@]}" --workers "$WORKERS" \
+    --run-dir "runs/$name" >"runs/logs/$name.log" 2>&1 || echo "$name failed"
+}
+
+# Prints TASK METHOD SEED for each experiment with the METHODs given.
+list() {
+  local task seed method
+  for task in "${TASKS[@]}"; do
+    for seed in "${SEEDS[@]}"; do
+      for method in "$@"; do echo "$task $method $seed"; done
+    done
+  done
+}
+
+experiments() {
+  local jobs=1 stage failed
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -j) jobs=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
+      -j*) jobs=${1#-j} && shift ;;
+      --slurm) fail "--slurm is not there yet; -j N runs N experiments at a time, here." ;;
+      *) unknown "$1" ;;
+    esac
+  done
+  [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number of processes, as in -j 4; found '$jobs'."
+  setup
+  if [ -e "$HALFCHEETAH" ]; then
+    TASKS+=(OfflineHalfCheetahVelocity)
+  else
+    say "OfflineHalfCheetahVelocity is skipped: no file $HALFCHEETAH (HALFCHEETAH=FILE names one)"
+  fi
+  mkdir -p runs/logs
+  export WORKERS=$((($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs)) # -j N share the processors
+  export -f experiment
+  for stage in prefine "${METHODS[*]:1}"; do # the second stage needs the policies of the first
+    # shellcheck disable=SC2016,SC2086  # the inner bash expands $@, and the stage is a list
+    list $stage | xargs -r -P "$jobs" -n 3 bash -c 'experiment "$@"' experiment
+  done
+  failed=$(list "${METHODS[@]}" | while read -r task method seed; do
+    [ -e "runs/${task}__${method}__$seed/metrics.json" ] ||
+      echo "  runs/logs/${task}__${method}__$seed.log"
+  done)
+  if [ -n "$failed" ]; then
+    say "these experiments failed; the same command tries them again. Their logs:"
+    echo "$failed" >&2
+    exit 1
+  fi
+  summary runs
+}
+
+summary() {
+  .venv/bin/python - "$@" <<'PYTHON'
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+FIELDS = ["normalized_return", "normalized_cost"]  # with intervals and tests
+MEANS = ["return_mean", "cost_mean", "violation_rate", "failure_rate"]
+
+
+def interval(values):
+    """95 % bootstrap interval of the mean over seeds; one seed has none."""
+    picks = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    return np.percentile(values[picks].mean(1), [2.5, 97.5]) if len(values) > 1 else [np.nan] * 2
+
+
+def paired_test(differences):
+    """Mean, and exact two-sided permutation p: each sign could as well have been the other."""
+    if not len(differences):
+        return np.nan, np.nan
+    means = np.zeros(1)
+    for share in differences / len(differences):
+        means = np.concatenate([means + share, means - share])
+    return differences.mean(), np.mean(np.abs(means) >= abs(differences.mean()) - 1e-12)
+
+
+folder = Path(sys.argv[1])
+rows = defaultdict(dict)  # (task, method) -> {seed: scores}
+for path in sorted(folder.glob("*/metrics.json"), key=lambda p: (p.parent.name.count("__"), p)):
+    try:
+        run = json.loads(path.read_text())
+        task = run["env"].split("-")[0].removesuffix("Gymnasium")
+        task += f" ({Path(run['dataset']).name}, limit {run['cost_limit']:g})"
+        parts = {run["method"]: run["finetuned"]}
+        if run["method"] == "prefine":
+            parts["pretrained"] = run["pretrained"]
+        for method, part in parts.items():
+            scores = np.array([part[field] for field in FIELDS + MEANS], float)
+            if rows[task, method].setdefault(int(run["seed"]), scores) is not scores:
+                print(f"{path} is left out: {method} has this seed already", file=sys.stderr)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"run_all.sh: {path} is no result of prefine.py: {error!r}", file=sys.stderr)
+        sys.exit(2)
+if not rows:
+    print(f"run_all.sh: no {folder}/*/metrics.json; bash run_all.sh makes them", file=sys.stderr)
+    sys.exit(2)
+
+print(
+    "| task | method | seeds | normalized return | normalized cost | return | cost | violations "
+    "| failures | PREFINE minus it: return | cost |"
+)
+print("| --- | --- " + "| ---: " * 9 + "|")
+table = []
+first = ["prefine", "pretrained"]
+for task, method in sorted(rows, key=lambda row: (row[0], row[1] not in first, row[1])):
+    seeds = rows[task, method]
+    values = np.array(list(seeds.values()))
+    row = dict(task=task, method=method, seeds=len(seeds))
+    row.update(zip(FIELDS + MEANS, values.mean(0)))
+    ours = rows.get((task, "prefine"), {}) if method != "prefine" else {}
+    paired = [ours[seed] - seeds[seed] for seed in seeds if seed in ours]
+    paired = np.reshape(paired, (-1, len(FIELDS + MEANS)))
+    for i, field in enumerate(FIELDS):
+        row[field + "_low"], row[field + "_high"] = interval(values[:, i])
+        row[field + "_difference"], row[field + "_p"] = paired_test(paired[:, i])
+    cells = "| {task} | {method} | {seeds} "
+    for field in FIELDS:
+        cells += f"| {{{field}:.2f}} [{{{field}_low:.2f}}, {{{field}_high:.2f}}] "
+    cells += "| {return_mean:.1f} | {cost_mean:.1f} | {violation_rate:.0%} | {failure_rate:.0%} "
+    for field in FIELDS:
+        cells += f"| {{{field}_difference:+.2f}} (p = {{{field}_p:.3f}}) "
+    print(cells.format(**row).replace(" [nan, nan]", "").replace("+nan (p = nan)", "–") + "|")
+    table.append(row)
+print(
+    "\nMean over seeds [95 % bootstrap interval]. p: exact two-sided paired sign-flip test\n"
+    "on the common seeds; n seeds cannot give a p under 2 / 2^n."
+)
+
+with open(folder / "summary.csv", "w", newline="") as file:
+    writer = csv.DictWriter(file, table[0])
+    writer.writeheader()
+    writer.writerows(table)
+PYTHON
+}
+
+# -------------------------------------------------------------------------------------------- verbs
+
+case ${1:-} in
+  setup) setup ;;
+  demo)
+    setup
+    exec .venv/bin/python prefine.py --env OfflineBallCircle --dataset scripted "${@:2}"
+    ;;
+  test) setup; exec .venv/bin/python -m pytest -q test_prefine.py "${@:2}" ;;
+  bench) setup; exec .venv/bin/python test_prefine.py bench "${@:2}" ;;
+  summary) setup; summary "${2:-runs}" ;;
+  -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh ;;
+  '' | -*) experiments "$@" ;;
+  *) unknown "$1" ;;
+esac

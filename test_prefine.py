@@ -1,0 +1,1345 @@
+"""Tests of prefine.py, claim by claim, and its speed figures.
+
+    bash run_all.sh test                    # pytest, a few minutes on two cores
+    bash run_all.sh bench [--full]          # ratios; --full: with the data set at its full size
+
+Nothing that can be run is mocked: simulators, HDF5 files and HTTP servers are real. The dsrl cache
+of whoever runs this is never touched.
+"""
+
+import contextlib
+import csv
+import fcntl
+import http.server
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prefine
+
+HERE = Path(__file__).parent
+BALL = "OfflineBallCircle-v0"
+ROWS, EPISODE = 60, 20  # of the small files made here
+INFINITE = torch.tensor([-math.inf, -math.inf]), torch.tensor([math.inf, math.inf])
+BOX = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0])
+
+
+# ---------------------------------------------------------------------------------------- helpers
+def flags(text=""):
+    return prefine.parse_args(text.split())
+
+
+def command(*arguments, **options):
+    """Run prefine.py as a user does: exit code, standard output and standard error."""
+    line = [sys.executable, str(HERE / "prefine.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, **options)
+
+
+def same(one, other):
+    """If two policies, or dictionaries of tensors, agree bit for bit."""
+    one, other = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def toy_dataset(episodes=12, steps=10, seed=0):
+    """Observations [N, 3], actions [N, 2]; even episodes are safe, the return grows with e."""
+    rng = np.random.default_rng(seed)
+    episode = np.repeat(np.arange(episodes), steps)
+    side = np.where(episode % 2 == 0, 0.5, -0.5)  # safe episodes go right, unsafe ones left
+    actions = np.clip(side[:, None] + 0.2 * rng.normal(size=(len(episode), 2)), -1, 1)
+    last = np.arange(1, len(episode) + 1) % steps == 0
+    observations = rng.normal(size=(len(episode), 3))
+    costs = (episode % 2).astype(np.float32)
+    arrays = (observations, actions, episode / 10 + rng.uniform(size=len(episode)))
+    return prefine.make_dataset(*arrays, np.zeros(len(episode)), last, costs)
+
+
+def toy_preferences():
+    sets = [0, 2, 4, 6], [1, 3, 5, 7], [8, 10], [9, 11]
+    return prefine.Preferences(*map(np.array, sets))
+
+
+def toy_policy(seed=0, low=BOX[0], high=BOX[1]):
+    torch.manual_seed(seed)
+    return prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16])
+
+
+SMALL = "--hidden 16 --pretrain-batch 16 --batch-size 16 --pretrain-top 0.5 "
+
+
+def small_arrays():
+    """The arrays of a small, valid data set of BallCircle."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(ROWS, 8)).astype(np.float32),
+        "next_observations": rng.normal(size=(ROWS, 8)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (ROWS, 2)).astype(np.float32),
+        "rewards": rng.normal(size=ROWS).astype(np.float32),
+        "costs": rng.integers(0, 2, ROWS).astype(np.float32),
+        "terminals": np.zeros(ROWS, bool),
+    }
+    return arrays | {"timeouts": np.arange(1, ROWS + 1) % EPISODE == 0}
+
+
+def write_hdf5(path, arrays):
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for key, value in arrays.items():
+            file.create_dataset(key, data=value, compression="gzip")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """An empty dsrl cache for this session, here and in every process it starts."""
+    folder = tmp_path_factory.mktemp("dsrl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSRL_DATASET_DIR", str(folder))
+        with contextlib.redirect_stderr(sys.__stderr__):  # Bullet's import needs the real one
+            prefine.import_simulators().make(BALL)
+        patch.setattr("dsrl.offline_env.DATASET_PATH", str(folder))
+        torch.set_num_threads(1)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def ball():
+    return prefine.import_simulators().make(BALL)
+
+
+def run(*texts):
+    """``prefine.py`` with the flags of the texts, in this process; its exit code."""
+    return prefine.main(" ".join(texts).split())
+
+
+# ----------------------------------------------------------------------------------------- policy
+def censored_normal(mean, std, action, low, high):
+    """The log-probability of one action of one dimension, from the error function."""
+    if action <= low:
+        return math.log(0.5 * math.erfc((mean - low) / std / math.sqrt(2)))
+    if action >= high:
+        return math.log(0.5 * math.erfc((high - mean) / std / math.sqrt(2)))
+    return torch.distributions.Normal(mean, std).log_prob(torch.tensor(action)).item()
+
+
+@pytest.mark.parametrize("action", [-1.0, -0.999, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize("mean", [-0.9, 0.2, 0.9])
+def test_log_prob_is_that_of_a_clipped_normal(action, mean):
+    stds = torch.tensor([0.3, 1.1])
+    found = prefine.gaussian_log_prob(
+        torch.full((2,), mean), stds, torch.full((2,), action), *BOX
+    ).item()
+    expected = sum(censored_normal(mean, std, action, -1, 1) for std in stds.tolist())
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.3, 0.8), (-0.95, 0.2), (0.0, 2.0)])
+def test_density_and_masses_on_the_bounds_add_up_to_1(mean, std):
+    grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[:, None]
+    mean, std = torch.tensor([mean]).double(), torch.tensor([std]).double()
+    low, high = torch.tensor([-1.0]).double(), torch.tensor([1.0]).double()
+    probability = prefine.gaussian_log_prob(mean, std, grid, low, high).exp()
+    density = probability[1:-1].sum() * (grid[1] - grid[0]).item()
+    assert (density + probability[0] + probability[-1]).item() == pytest.approx(1, abs=2e-4)
+
+
+def test_log_prob_agrees_with_the_frequencies_of_clipped_samples():
+    generator = torch.Generator().manual_seed(0)
+    samples = (0.4 + 0.7 * torch.randn(200_000, generator=generator)).clamp(-1, 1)
+    low, high, mean, std = (torch.tensor([x]) for x in (-1.0, 1.0, 0.4, 0.7))
+    for bound in low, high:
+        mass = prefine.gaussian_log_prob(mean, std, bound, low, high).exp().item()
+        assert (samples == bound).float().mean().item() == pytest.approx(mass, abs=0.004)
+
+
+def test_infinite_bounds_are_a_plain_gaussian():
+    mean, std, actions = torch.randn(5, 2), torch.rand(5, 2) + 0.1, 3 * torch.randn(5, 2)
+    found = prefine.gaussian_log_prob(mean, std, actions, *INFINITE)
+    expected = torch.distributions.Normal(mean, std).log_prob(actions).sum(-1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_log_prob_and_its_gradient_are_finite_even_far_in_the_tails():
+    mean = torch.tensor([[0.999, -0.999]], requires_grad=True)
+    log_std = torch.tensor([[-6.0, -6.0]], requires_grad=True)
+    for action in (-1.0, -0.5, 0.5, 1.0):
+        value = prefine.gaussian_log_prob(mean, log_std.exp(), torch.full((1, 2), action), *BOX)
+        gradients = torch.autograd.grad(value.sum(), [mean, log_std])
+        assert value.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+def test_kl_agrees_with_torch():
+    parts = [torch.randn(5, 2), torch.rand(5, 2) + 0.1, torch.randn(5, 2), torch.rand(5, 2) + 0.1]
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(*parts[:2]), normal(*parts[2:])).sum(-1)
+    torch.testing.assert_close(prefine.gaussian_kl(*parts), expected)
+    assert prefine.gaussian_kl(*parts[:2], *parts[:2]).abs().max() < 1e-6
+
+
+def test_mean_lies_in_the_space_and_std_within_its_bounds():
+    low, high = np.array([-2.0, 0.0]), np.array([2.0, 1.0])
+    policy = prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16], (-1.5, 0.5))
+    mean, std = policy(1e3 * torch.randn(500, 3))
+    half = torch.tensor(high - low).float() / 2
+    assert (mean >= policy.low).all() and (mean <= policy.high).all()
+    assert (std >= half * math.exp(-1.5) * 0.9999).all()
+    assert (std <= half * math.exp(0.5) * 1.0001).all()
+
+
+def test_policy_normalises_observations_itself():
+    shifted = prefine.GaussianPolicy(*BOX, np.full(3, 5.0), np.full(3, 2.0), [16])
+    plain = toy_policy()
+    shifted.net.load_state_dict(plain.net.state_dict())
+    observations = torch.randn(7, 3)
+    torch.testing.assert_close(shifted(5 + 2 * observations), plain(observations))
+
+
+def test_a_checkpoint_is_self_contained(tmp_path):
+    low, high = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
+    policy = prefine.GaussianPolicy(low, high, np.arange(3), np.full(3, 2.0), [8, 4], (-2, 1))
+    path = tmp_path / "policy.pt"
+    torch.save({"format": 1, "env": BALL, "state": policy.state_dict()}, path)
+    assert torch.load(path, weights_only=True)["env"] == BALL
+    loaded = prefine.load_policy(path, BALL)
+    assert same(policy, loaded)
+    observations = torch.randn(5, 3)
+    assert all(torch.equal(a, b) for a, b in zip(policy(observations), loaded(observations)))
+    with pytest.raises(prefine.UserError, match="OfflineBallRun"):
+        prefine.load_policy(path, "OfflineBallRun-v0")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}.", None])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "policy.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(prefine.UserError, match="policy.pt"):
+        prefine.load_policy(path)
+
+
+@pytest.mark.parametrize("content", [{}, {"format": 2}, [1], {"format": 1, "env": BALL}])
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "policy.pt")
+    with pytest.raises(prefine.UserError, match="policy.pt"):
+        prefine.load_policy(tmp_path / "policy.pt", BALL)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"format": 1, "env": BALL, "state": Harm()}, tmp_path / "policy.pt")
+    with pytest.raises(prefine.UserError, match="policy.pt"):
+        prefine.load_policy(tmp_path / "policy.pt", BALL)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_the_deterministic_actor_gives_the_mean_and_the_sampling_one_repeats_itself():
+    policy, observation = toy_policy(), np.array([0.1, -0.2, 0.3])
+    mean, std = policy(torch.tensor(observation).float())
+    act = prefine.policy_actor(policy, False, None, 0)
+    np.testing.assert_array_equal(act(observation), mean.detach().numpy())
+    draws = [
+        np.array([act(observation) for _ in range(2000)])
+        for act in (prefine.policy_actor(policy, True, None, seed) for seed in (3, 3, 4))
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    np.testing.assert_allclose(draws[0].std(0), std.detach().numpy(), rtol=0.1)
+
+
+# ------------------------------------------------------------- counterfactuals and the joint loss
+def test_preference_loss_of_a_case_computed_by_hand():
+    # margin = beta * 2 ln 3 = ln 3, sigmoid(ln 3) = 3/4, -log(3/4) / beta = 2 ln(4/3)
+    winner, loser = torch.tensor([1 + 2 * math.log(3)]), torch.tensor([1.0])
+    assert prefine.preference_loss(winner, loser, 0.5).item() == pytest.approx(0.57536414)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
+def test_preference_loss_is_the_softplus_of_the_negative_margin(beta):
+    winner, loser = np.random.default_rng(0).normal(size=(2, 50))
+    expected = np.log1p(np.exp(-beta * (winner - loser))) / beta
+    found = prefine.preference_loss(torch.tensor(winner), torch.tensor(loser), beta)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
+def test_slope_at_equality_is_one_half_whatever_beta(beta):
+    winner = torch.tensor(0.7, requires_grad=True)
+    loser = torch.tensor(0.7, requires_grad=True)
+    slopes = torch.autograd.grad(prefine.preference_loss(winner, loser, beta), [winner, loser])
+    assert [slope.item() for slope in slopes] == pytest.approx([-0.5, 0.5])
+
+
+def test_a_loss_and_its_opposite_differ_by_the_margin():
+    winner, loser = torch.randn(2, 20)
+    right = prefine.preference_loss(winner, loser, 0.3)
+    wrong = prefine.preference_loss(loser, winner, 0.3)
+    torch.testing.assert_close(wrong - right, winner - loser)
+
+
+def distributions(seed=0):
+    """Mean and std [6, 2] of a policy and of a reference, and actions [6, 2] in the same states."""
+    generator = torch.Generator().manual_seed(seed)
+    means, actions = 0.5 * torch.randn(2, 6, 2, generator=generator), torch.rand(6, 2)
+    stds = 0.2 + torch.rand(2, 6, 2, generator=generator)
+    return (means[0], stds[0]), (means[1], stds[1]), actions
+
+
+def test_log_ratios_are_0_where_the_policy_is_its_reference():
+    now, _, actions = distributions()
+    h, c = prefine.log_ratios(now, now, actions, *BOX, torch.randn(3, 6, 2))
+    assert (h == 0).all() and (c == 0).all()
+
+
+def test_log_ratio_of_the_taken_action_is_the_difference_of_log_probs():
+    now, before, actions = distributions()
+    h, _ = prefine.log_ratios(now, before, actions, *BOX, torch.randn(1, 6, 2))
+    normal = torch.distributions.Normal
+    expected = normal(*now).log_prob(actions) - normal(*before).log_prob(actions)
+    torch.testing.assert_close(h, expected.sum(-1))
+
+
+def test_counterfactuals_depend_on_the_states_alone_and_not_on_the_actions_taken():
+    now, before, actions = distributions()
+    noise = torch.randn(2, 6, 2)
+    h, c = prefine.log_ratios(now, before, actions, *BOX, noise)
+    other_h, other_c = prefine.log_ratios(now, before, -actions, *BOX, noise)
+    assert torch.equal(c, other_c) and not torch.equal(h, other_h)
+    # A permutation of the states permutes the counterfactuals: each belongs to its own state.
+    order = torch.tensor([3, 1, 4, 0, 5, 2])
+    now, before = ([part[order] for part in pair] for pair in (now, before))
+    _, permuted = prefine.log_ratios(now, before, actions, *BOX, noise[:, order])
+    assert torch.equal(permuted, c[order])
+
+
+@pytest.mark.parametrize("source", prefine.SOURCES)
+def test_counterfactuals_are_sampled_from_the_policy_asked_for(source):
+    now, before, actions = distributions()
+    noise = torch.randn(1, 6, 2)
+    _, c = prefine.log_ratios(now, before, actions, *BOX, noise, source)
+    mean, std = now if source == "current" else before
+    sample = (mean + std * noise[0]).clamp(-1, 1)
+    expected, _ = prefine.log_ratios(now, before, sample, *BOX, noise)
+    torch.testing.assert_close(c, expected)
+
+
+def test_several_counterfactuals_are_averaged():
+    now, before, actions = distributions()
+    noise = torch.randn(4, 6, 2)
+    _, c = prefine.log_ratios(now, before, actions, *BOX, noise)
+    each = [prefine.log_ratios(now, before, actions, *BOX, noise[k : k + 1])[1] for k in range(4)]
+    torch.testing.assert_close(c, torch.stack(each).mean(0))
+
+
+def test_no_gradient_flows_through_a_sample():
+    (mean, std), before, actions = distributions()
+    mean.requires_grad_()
+    noise = torch.randn(1, 6, 2)
+    _, c = prefine.log_ratios((mean, std), before, actions, *INFINITE, noise)
+    (found,) = torch.autograd.grad(c.sum(), mean)
+    # d log N(x; m, s) / dm = (x - m) / s^2 = noise / s; through the sample it would cancel out.
+    torch.testing.assert_close(found, noise[0] / std)
+
+
+def loss_inputs(segments=5, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    good, good_c, bad, bad_c, log_prob = torch.randn(5, segments, steps, generator=generator)
+    kl = torch.rand(2 * segments, steps, generator=generator)
+    w, v = torch.rand(2, segments, 1, generator=generator)
+    return (good, good_c), (bad, bad_c), log_prob, kl, w, v
+
+
+def expected_terms(inputs, beta, aggregate=lambda h: h):
+    """The terms of the joint loss, from their formulas, in numpy."""
+    arrays = [[x.numpy() for x in part] for part in inputs[:2]]
+    (good, good_c), (bad, bad_c) = ([aggregate(x) for x in pair] for pair in arrays)
+    log_prob, kl, w, v = (x.numpy() for x in inputs[2:])
+
+    def loss(margin):
+        return np.log1p(np.exp(-beta * margin)) / beta
+
+    return {
+        "contrast_preferred": (w * loss(good - good_c)).mean(),
+        "contrast_dispreferred": (v * loss(bad_c - bad)).mean(),
+        "contrast_pair": loss(good - bad).mean(),
+        "imitation": (-w * log_prob).mean(),
+        "kl": kl.mean(),
+    }
+
+
+NO_TERM = "--contrast-preferred 0 --contrast-dispreferred 0 "
+NAMES = ["contrast_preferred", "contrast_dispreferred", "contrast_pair", "imitation", "kl"]
+ALONE = {name: f"{NO_TERM} --{name.replace('_', '-')} 1" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_term_of_the_joint_loss_agrees_with_its_formula(name):
+    inputs = loss_inputs()
+    terms = prefine.joint_loss(*inputs, flags(f"{ALONE[name]} --beta 0.3"))
+    assert list(terms) == [name]  # those of weight 0 are left out
+    assert terms[name].item() == pytest.approx(expected_terms(inputs, 0.3)[name], rel=1e-5)
+
+
+def test_the_joint_loss_is_the_weighted_sum_of_its_terms():
+    inputs = loss_inputs()
+    weights = dict(zip(ALONE, (2.0, 0.5, 0.25, 3.0, 0.1)))
+    text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in weights.items())
+    expected = expected_terms(inputs, 0.3)
+    total = sum(prefine.joint_loss(*inputs, flags(f"{text} --beta 0.3")).values()).item()
+    assert total == pytest.approx(sum(weights[k] * expected[k] for k in weights), rel=1e-5)
+
+
+def test_the_sum_over_a_segment_is_contrasted_as_one_trajectory():
+    inputs = loss_inputs()
+    terms = prefine.joint_loss(*inputs, flags("--aggregate sum --beta 0.3 --contrast-pair 1"))
+    expected = expected_terms(inputs, 0.3, lambda h: h.sum(-1, keepdims=True))
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(
+        {
+            "contrast_preferred": expected["contrast_preferred"],
+            "contrast_dispreferred": 0.3 * expected["contrast_dispreferred"],
+            "contrast_pair": expected["contrast_pair"],
+        },
+        rel=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("term", "sign"), [("contrast_preferred", 1), ("contrast_dispreferred", -1)]
+)
+def test_the_gradient_raises_preferred_and_lowers_dispreferred_actions(term, sign):
+    policy = toy_policy()
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(64, 1, 3, generator=generator)
+    actions = torch.rand(64, 1, 2, generator=generator) - 0.5
+    noise = torch.randn(64, 64, 1, 2, generator=generator)
+    now = policy(states)
+    known = [x.detach() for x in now]
+    pair = prefine.log_ratios(now, known, actions, *BOX, noise)
+    before = prefine.gaussian_log_prob(*now, actions, *BOX)
+    kl, ones = prefine.gaussian_kl(*now, *known), torch.ones(64, 1)
+    terms = prefine.joint_loss(pair, pair, before, kl, ones, ones, flags(ALONE[term]))
+    terms[term].backward()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= 0.01 * parameter.grad
+        after = prefine.gaussian_log_prob(*policy(states), actions, *BOX)
+    assert sign * (after.mean() - before.mean()).item() > 1e-4
+
+
+@pytest.mark.parametrize(("shift", "trains"), [(0.0, True), (50.0, False)])
+def test_dispreferred_states_count_only_where_preferred_trajectories_come(shift, trains):
+    dataset, policy = toy_dataset(), toy_policy()
+    for episode in toy_preferences().dispreferred:
+        dataset.observations[dataset.rows([episode])] += shift
+    text = SMALL + "--finetune-updates 20 --contrast-preferred 0 "
+    settings = dataset, toy_preferences()
+    assert same(policy, prefine.finetune(policy, *settings, flags(text))[0]) is not trains
+    everywhere = flags(text + "--overlap all")
+    assert not same(policy, prefine.finetune(policy, *settings, everywhere)[0])
+
+
+# ------------------------------------------------------------------------------------ preferences
+def test_preferences_are_drawn_by_cost_alone_and_on_the_right_side_of_the_limit():
+    costs = np.random.default_rng(0).integers(0, 21, 100).astype(float)
+    costs[:5] = 10.0  # exactly at the limit is safe
+    sets = prefine.draw_preferences(costs, 10, 20, 15, 0)
+    assert (costs[sets.preferred] <= 10).all() and (costs[sets.heldout_preferred] <= 10).all()
+    assert (costs[sets.dispreferred] > 10).all() and (costs[sets.heldout_dispreferred] > 10).all()
+    assert (len(sets.preferred), len(sets.dispreferred)) == (20, 15)
+    assert len(np.unique(np.concatenate(sets))) == sum(map(len, sets))  # held out means held out
+
+
+def test_the_draw_depends_on_the_seed_and_is_random_within_a_side():
+    costs = np.repeat([0.0, 50.0], 500)
+    draws = [prefine.draw_preferences(costs, 10, 100, 100, seed).preferred for seed in (0, 0, 1)]
+    assert np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], draws[2])
+    assert abs(draws[0].mean() - 249.5) < 60  # neither the first nor the last ones
+
+
+@pytest.mark.parametrize(("flag", "counts"), [("preferred", (4, 1)), ("dispreferred", (1, 8))])
+def test_too_few_trajectories_are_an_error_with_the_flag_and_the_counts(flag, counts):
+    costs = np.array([0, 5, 10] + 7 * [11.0])
+    have = {"preferred": "3 of 10", "dispreferred": "7 of 10"}[flag]
+    with pytest.raises(prefine.UserError, match=f"--{flag} {max(counts)}.*{have}.*--cost-limit"):
+        prefine.draw_preferences(costs, 10, *counts, 0)
+
+
+def write_preferences(path, rows, header=("episode", "label")):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def test_preferences_read_from_a_file_are_those_written(tmp_path):
+    rows = [(3, "preferred"), (0, "dispreferred"), (7, "dispreferred"), (1, "preferred")]
+    sets = prefine.read_preferences(write_preferences(tmp_path / "labels.csv", rows), 8)
+    assert [x.tolist() for x in sets] == [[3, 1], [0, 7], [], []]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("2", "good"),
+        ("8", "preferred"),
+        ("-1", "preferred"),
+        ("x", "preferred"),
+        ("3",),
+        ("3", "dispreferred"),
+        ("1.5", "preferred"),
+        ("", "preferred"),
+        ("2", ""),
+    ],
+)
+def test_a_bad_line_of_preferences_is_named_by_its_number(tmp_path, row):
+    rows = [(3, "preferred"), (0, "dispreferred"), row]
+    with pytest.raises(prefine.UserError, match=r"labels.csv, line 4"):
+        prefine.read_preferences(write_preferences(tmp_path / "labels.csv", rows), 8)
+
+
+def test_preferences_need_both_columns_and_both_labels(tmp_path):
+    path = tmp_path / "labels.csv"
+    with pytest.raises(prefine.UserError, match="line 2"):
+        prefine.read_preferences(write_preferences(path, [(3, "preferred")], ["id", "label"]), 8)
+    with pytest.raises(prefine.UserError, match="both labels"):
+        prefine.read_preferences(write_preferences(path, [(3, "preferred")]), 8)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00episode\n1,2\n", b"x" * 200_000, None])
+def test_a_file_that_is_no_csv_gives_one_sentence_that_names_it(content, swimmer, tmp_path, capsys):
+    path = tmp_path / "labels.csv"
+    if content is not None:
+        path.write_bytes(content)
+    line = f"--dataset {swimmer[0]} --preferences {path} --run-dir {tmp_path / 'run'}"
+    assert run(SWIMMER_RUN, line) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error
+
+
+# --------------------------------------------------------------------- pre-training, fine-tuning
+PRETRAIN = SMALL + "--pretrain-updates 250"
+FINETUNE = SMALL + "--finetune-updates 250 --kl 0.1 --contrast-pair 0.5"
+
+
+def without(dataset, costs):
+    """The data set with permuted, broken or no costs."""
+    order = np.random.default_rng(0).permutation(len(dataset.rewards))
+    changed = {"permuted": dataset.costs[order], "nan": dataset.costs * math.nan, "none": None}
+    return dataset._replace(costs=changed[costs])
+
+
+@pytest.mark.parametrize("costs", ["permuted", "nan", "none"])
+def test_training_never_reads_a_cost(costs):
+    dataset, policy = toy_dataset(), toy_policy()
+    both = dataset, without(dataset, costs)
+    assert same(*(prefine.pretrain(each, *BOX, flags(PRETRAIN))[0] for each in both))
+    settings = toy_preferences(), flags(FINETUNE)
+    results = [prefine.finetune(policy, each, *settings) for each in both]
+    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+def test_pretraining_imitates_the_best_episodes_by_return():
+    dataset = toy_dataset(episodes=10, steps=50)
+    side = torch.repeat_interleave(torch.arange(10) >= 8, 50)  # the best two by return
+    mean = torch.where(side[:, None], 0.6, -0.4)
+    generator = torch.Generator().manual_seed(0)
+    actions = (mean + 0.3 * torch.randn(500, 2, generator=generator)).clamp(-1, 1)
+    text = "--hidden 16 --pretrain-top 0.2 --pretrain-updates 500 --pretrain-lr 0.01"
+    policy, curve = prefine.pretrain(dataset._replace(actions=actions), *BOX, flags(text))
+    mean, std = policy(dataset.observations)
+    torch.testing.assert_close(mean.mean(0), torch.full((2,), 0.6), atol=0.1, rtol=0)
+    torch.testing.assert_close(std.mean(0), torch.full((2,), 0.3), atol=0.1, rtol=0)
+    assert curve[-1]["losses/imitation"] < curve[0]["losses/imitation"]
+
+
+def test_a_constant_observation_does_not_divide_by_zero():
+    dataset = toy_dataset()
+    dataset.observations[:, 1] = 7.0
+    policy, _ = prefine.pretrain(dataset, *BOX, flags(PRETRAIN))
+    assert all(value.isfinite().all() for value in policy.state_dict().values())
+    assert policy(torch.tensor([0.0, 7.5, 0.0]))[0].isfinite().all()
+
+
+def test_finetuning_moves_towards_preferred_and_away_from_dispreferred_actions():
+    dataset, policy = toy_dataset(), toy_policy()
+    aligned, curve = prefine.finetune(policy, dataset, toy_preferences(), flags(FINETUNE))
+    moved = (aligned(dataset.observations)[0] - policy(dataset.observations)[0]).mean(0)
+    assert (moved > 0.05).all()  # preferred episodes go right, dispreferred ones left
+    for split in "train", "heldout":
+        for pair in "preferred_counterfactual", "preferred_dispreferred":
+            assert curve[-1][f"margin/{split}/{pair}"] > 0
+            assert curve[-1][f"accuracy/{split}/{pair}"] > 0.9
+        assert curve[-1][f"kl/{split}"] > 0
+
+
+def test_the_reference_is_frozen():
+    policy = toy_policy()
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    aligned, _ = prefine.finetune(policy, toy_dataset(), toy_preferences(), flags(FINETUNE))
+    assert same(before, policy) and not same(before, aligned)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_no_update_leaves_the_policy_as_it_is():
+    policy, text = toy_policy(), SMALL + "--finetune-updates 0"
+    aligned, curve = prefine.finetune(policy, toy_dataset(), toy_preferences(), flags(text))
+    assert same(policy, aligned) and curve == []
+
+
+def test_training_is_deterministic_bit_for_bit_and_depends_on_the_seed():
+    dataset, policy = toy_dataset(), toy_policy()
+    runs = []
+    for seed in 5, 5, 6:
+        first, _ = prefine.pretrain(dataset, *BOX, flags(f"{PRETRAIN} --seed {seed}"))
+        text = f"{FINETUNE} --seed {seed}"
+        second, _ = prefine.finetune(policy, dataset, toy_preferences(), flags(text))
+        runs.append((first, second))
+    for one, again, other in zip(*runs):
+        assert same(one, again) and not same(one, other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--segment 5 --aggregate sum",
+        "--counterfactual reference",
+        "--counterfactuals 3",
+        *(f"--method {name}" for name in prefine.METHODS),
+    ],
+)
+def test_every_variant_of_the_method_trains(text):
+    dataset, policy = toy_dataset(), toy_policy()
+    arguments = flags(SMALL + "--finetune-updates 20 " + text)
+    aligned, curve = prefine.finetune(policy, dataset, toy_preferences(), arguments)
+    assert not same(policy, aligned) and curve[-1]["update"] == 20
+    assert all(math.isfinite(value) for key, value in curve[-1].items() if "losses" in key)
+
+
+def test_a_segment_longer_than_an_episode_is_refused():
+    with pytest.raises(prefine.UserError, match="--segment 11.* 10 steps"):
+        prefine.finetune(toy_policy(), toy_dataset(), toy_preferences(), flags("--segment 11"))
+
+
+def test_a_policy_that_is_no_policy_of_ours_can_be_finetuned():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+            self.register_buffer("low", INFINITE[0])
+            self.register_buffer("high", INFINITE[1])
+
+        def forward(self, observations):
+            mean = self.layer(observations)
+            return mean, torch.full_like(mean, 0.5)
+
+    aligned, _ = prefine.finetune(Plain(), toy_dataset(), toy_preferences(), flags(FINETUNE))
+    assert all(parameter.isfinite().all() for parameter in aligned.parameters())
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_it():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    settings = (300, 0.1, torch.Generator(), "toy")
+
+    def sample(generator, n):
+        return [torch.arange(n)]
+
+    def losses(step):
+        return {"broken": parameter.sum() * (math.nan if step == 50 else 1.0)}
+
+    with pytest.raises(prefine.UserError, match="toy.*broken.*not finite"):
+        prefine.optimise([parameter], sample, losses, *settings)
+
+
+# ------------------------------------------------------------------------------------------- data
+def test_a_data_set_is_cut_into_episodes_at_terminals_and_timeouts(tmp_path, ball, capsys):
+    arrays = small_arrays()
+    arrays["terminals"][4] = True
+    arrays["timeouts"][-1] = False
+    dataset = prefine.load_dataset(write_hdf5(tmp_path / "data.hdf5", arrays), ball)
+    assert dataset.starts.tolist() == [0, 5, 20] and dataset.ends.tolist() == [5, 20, 40]
+    assert "dropped the last 20 rows" in capsys.readouterr().out
+    for key in "observations", "actions", "rewards", "costs":
+        np.testing.assert_array_equal(getattr(dataset, key).numpy(), arrays[key][:40])
+    sums = [arrays["costs"][a:b].sum() for a, b in ((0, 5), (5, 20), (20, 40))]
+    np.testing.assert_allclose(dataset.sums(dataset.costs), sums)
+    assert dataset.rows([2, 0]).tolist() == [*range(20, 40), *range(5)]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_other_shapes_and_types_of_the_same_numbers_load_the_same(tmp_path, ball):
+    arrays = small_arrays()
+    plain = prefine.load_dataset(write_hdf5(tmp_path / "plain.hdf5", arrays), ball)
+    columns = {k: v[:, None] if v.ndim == 1 else v for k, v in arrays.items()}
+    doubles = {k: v.astype(np.float64) for k, v in arrays.items()}
+    for name, other in ("columns", columns), ("doubles", doubles):
+        assert equal(prefine.load_dataset(write_hdf5(tmp_path / name, other), ball), plain)
+
+
+def test_next_observations_and_costs_are_read_only_where_needed(tmp_path, ball):
+    arrays = small_arrays()
+    plain = prefine.load_dataset(write_hdf5(tmp_path / "plain.hdf5", arrays), ball)
+    arrays["next_observations"] = np.array([b"not a number"])
+    assert equal(prefine.load_dataset(write_hdf5(tmp_path / "text.hdf5", arrays), ball), plain)
+    del arrays["next_observations"], arrays["costs"]
+    path = write_hdf5(tmp_path / "neither.hdf5", arrays)
+    dataset = prefine.load_dataset(path, ball, with_costs=False)
+    assert dataset.costs is None and equal(dataset[:3], plain[:3])
+    with pytest.raises(prefine.UserError, match="costs"):
+        prefine.load_dataset(path, ball)
+
+
+def test_actions_just_outside_the_space_are_clipped_to_it(tmp_path, ball):
+    arrays = small_arrays()
+    arrays["actions"][0] = [1.5, -1.5]
+    dataset = prefine.load_dataset(write_hdf5(tmp_path / "data.hdf5", arrays), ball)
+    assert dataset.actions[0].tolist() == [1.0, -1.0]
+
+
+def replace(key, change):
+    """A defect: the array ``key`` is another one, or left out."""
+
+    def make(path):
+        arrays = small_arrays()
+        arrays[key] = change(arrays[key])
+        write_hdf5(path, {k: v for k, v in arrays.items() if v is not None})
+
+    return make
+
+
+def put(value):
+    def change(array):
+        array = array.astype(np.float64)
+        array.reshape(-1)[7] = value
+        return array
+
+    return change
+
+
+def edit(change):
+    """A defect made by ``change(an open HDF5 file)``; its costs are deleted first."""
+
+    def make(path):
+        import h5py
+
+        write_hdf5(path, small_arrays())
+        write_hdf5(path.with_name("other.hdf5"), small_arrays())
+        with h5py.File(path, "a") as file:
+            del file["costs"]
+            change(file, h5py)
+
+    return make
+
+
+def truncated(path):
+    write_hdf5(path, small_arrays())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_arrays(path):
+    write_hdf5(path, {key: value[:0] for key, value in small_arrays().items()})
+
+
+def declared_only(path):
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for key, value in small_arrays().items():
+            file.create_dataset(key, (10**10, *value.shape[1:]), np.float32, chunks=True)
+
+
+def virtual(file, h5py):
+    layout = h5py.VirtualLayout((ROWS,), np.float32)
+    layout[:] = h5py.VirtualSource("other.hdf5", "costs", (ROWS,))
+    file.create_virtual_dataset("costs", layout)
+
+
+def set_link(link):
+    return edit(lambda file, h5py: file.__setitem__("costs", link(h5py)))
+
+
+DEFECTS = {
+    "not HDF5": lambda path: path.write_bytes(b"not HDF5" * 1000),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a folder": lambda path: path.mkdir(),
+    "truncated": truncated,
+    **{f"no {key}": replace(key, lambda x: None) for key in small_arrays() if "next" not in key},
+    "wide observations": replace("observations", lambda x: x[:, :7]),
+    "wide actions": replace("actions", lambda x: np.hstack([x, x])),
+    "flat observations": replace("observations", lambda x: x.reshape(-1)),
+    "wide rewards": replace("rewards", lambda x: np.stack([x, x], 1)),
+    "text": replace("rewards", lambda x: np.array([b"1.0"] * len(x))),
+    "complex": replace("rewards", lambda x: x.astype(complex)),
+    "unequal lengths": replace("costs", lambda x: x[:-1]),
+    "empty": empty_arrays,
+    "no end": replace("timeouts", np.zeros_like),
+    "far actions": replace("actions", put(50.0)),
+    "negative costs": replace("costs", put(-1.0)),
+    "NaN in observations": replace("observations", put(math.nan)),
+    "NaN in actions": replace("actions", put(math.nan)),
+    "NaN in rewards": replace("rewards", put(math.nan)),
+    "NaN in costs": replace("costs", put(math.nan)),
+    "infinite observations": replace("observations", put(math.inf)),
+    "infinite rewards": replace("rewards", put(-math.inf)),
+    "huge costs": replace("costs", put(1e300)),
+    "external link": set_link(lambda h5py: h5py.ExternalLink("other.hdf5", "/costs")),
+    "soft link": set_link(lambda h5py: h5py.SoftLink("/rewards")),
+    "dangling link": set_link(lambda h5py: h5py.SoftLink("/nowhere")),
+    "group": edit(lambda file, h5py: file.create_group("costs")),
+    "objects": edit(
+        lambda file, h5py: file.create_dataset("costs", (ROWS,), h5py.special_dtype(vlen=str))
+    ),
+    "scalar": edit(lambda file, h5py: file.create_dataset("costs", data=1.0)),
+    "virtual": edit(virtual),
+    "declared, not stored": declared_only,
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defective_file_gives_one_sentence_that_names_it(defect, tmp_path, capsys):
+    path = tmp_path / "data.hdf5"
+    DEFECTS[defect](path)
+    line = f"--env OfflineBallCircle --dataset {path} --run-dir {tmp_path / 'run'}"
+    assert run(line) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_missing_file_is_said_to_be_missing_without_a_traceback(tmp_path):
+    done = command("--env", BALL, "--dataset", "no.hdf5", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--dataset no.hdf5" in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------------------- download
+@pytest.fixture
+def server():
+    """A web server on this machine. ``serve(name=(status, body, declared length))`` gives a url."""
+    pages, closing = {}, threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, length = pages.get(self.path[1:], (404, b"nothing here", 12))
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+            if length > len(body) and status == 299:  # not cut, but silent from here on
+                self.wfile.flush()
+                closing.wait(30)
+
+        def log_message(self, *_):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+
+    def serve(**more):
+        pages.update(more)
+        return f"http://127.0.0.1:{web.server_port}"
+
+    yield serve
+    closing.set()
+    web.shutdown()
+    web.server_close()
+
+
+@pytest.fixture
+def hdf5_bytes(tmp_path):
+    return write_hdf5(tmp_path / "served.hdf5", small_arrays()).read_bytes()
+
+
+def fetch(ball, target, *urls, **options):
+    def check(file):
+        prefine.load_dataset(file, ball)
+
+    target.parent.mkdir()
+    return prefine.download(urls, target, check, **options)
+
+
+def test_a_good_download_is_whole(server, hdf5_bytes, ball, tmp_path):
+    url = server(good=(200, hdf5_bytes, len(hdf5_bytes)))
+    target = tmp_path / "cache" / "data.hdf5"
+    fetch(ball, target, f"{url}/good")
+    assert target.read_bytes() == hdf5_bytes and os.listdir(target.parent) == ["data.hdf5"]
+
+
+def test_the_mirror_is_tried_where_the_first_address_fails(server, hdf5_bytes, ball, tmp_path):
+    url = server(good=(200, hdf5_bytes, len(hdf5_bytes)))
+    target = tmp_path / "cache" / "data.hdf5"
+    fetch(ball, target, f"{url}/missing", f"{url}/good")
+    assert target.read_bytes() == hdf5_bytes
+
+
+@pytest.mark.parametrize("failure", ["cut", "short", "html", "silent", "error", "refused"])
+def test_a_failed_download_leaves_nothing_and_names_the_ways_on(
+    failure, server, hdf5_bytes, ball, tmp_path
+):
+    half, html = hdf5_bytes[: len(hdf5_bytes) // 2], b"<html>Sign in first</html>"
+    url = server(
+        cut=(200, half, len(hdf5_bytes)),  # the connection closes half-way
+        short=(200, half, len(half)),
+        html=(200, html, len(html)),
+        silent=(299, half, len(hdf5_bytes)),
+        error=(500, b"", 0),
+    )
+    url = "http://127.0.0.1:9" if failure == "refused" else url
+    target = tmp_path / "cache" / "data.hdf5"
+    with pytest.raises(prefine.UserError) as caught:
+        fetch(ball, target, f"{url}/{failure}", f"{url}/other", timeout=0.5)
+    sentence = str(caught.value)
+    for part in f"{url}/{failure}", f"{url}/other", "--dataset FILE", "--dataset scripted":
+        assert part in sentence
+    assert "\n" not in sentence and os.listdir(target.parent) == []
+
+
+def test_dsrl_data_is_downloaded_once_into_its_cache(
+    server, hdf5_bytes, ball, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dsrl.offline_env.DATASET_PATH", str(tmp_path / "cache"))
+    url = server(**{"small.hdf5": (200, hdf5_bytes, len(hdf5_bytes))})
+    monkeypatch.setattr(ball.unwrapped, "dataset_url", f"{url}/small.hdf5")
+    arguments = flags(f"--env {BALL}")
+    path = prefine.find_dataset(arguments, ball)
+    assert path == tmp_path / "cache" / "small.hdf5" and path.read_bytes() == hdf5_bytes
+    server(**{"small.hdf5": (404, b"", 0)})
+    assert prefine.find_dataset(arguments, ball) == path
+
+
+# -------------------------------------------------------------------------------------- simulators
+def test_short_names_resolve_to_registered_ids():
+    for name, expected in {
+        "OfflineCarButton1": "OfflineCarButton1Gymnasium-v0",
+        "OfflineBallCircle": BALL,
+        "OfflineAntVelocity": "OfflineAntVelocityGymnasium-v1",
+        "OfflineCarButton1Gymnasium-v0": "OfflineCarButton1Gymnasium-v0",
+        BALL: BALL,
+    }.items():
+        assert prefine.resolve_env(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("OfflineBallCirlce", "OfflineBallCircle"), ("carbutton1", "CarButton1")]
+)
+def test_a_typo_gets_the_nearest_names(typo, meant):
+    with pytest.raises(prefine.UserError, match=f"--env {typo}.*{meant}"):
+        prefine.resolve_env(typo)
+
+
+@pytest.mark.parametrize("name", ["OfflineBallCircle", "OfflineCarButton1", "OfflineAntVelocity"])
+def test_both_families_of_simulators_step(name):
+    env = prefine.import_simulators().make(prefine.resolve_env(name))
+    observation, _ = env.reset(seed=0)
+    stepped, reward, _, _, info = env.step(env.action_space.sample())
+    assert env.observation_space.shape == observation.shape == stepped.shape
+    assert math.isfinite(reward) and "cost" in info
+
+
+def same_episodes(one, other):
+    return all(np.array_equal(a[key], b[key]) for a, b in zip(one, other) for key in a)
+
+
+def test_episodes_depend_on_their_seed_and_not_on_the_number_of_workers():
+    jobs = [(prefine.CONTROLLERS[BALL], seed) for seed in (7, 8, 9, 10)]
+    one, two = (prefine.run_episodes(BALL, jobs, workers, "test") for workers in (1, 2))
+    alone = [prefine.run_episode(BALL, job) for job in jobs[::-1]][::-1]
+    assert same_episodes(one, two) and same_episodes(one, alone)
+    assert not np.array_equal(one[0]["rewards"], one[1]["rewards"])
+    for episode in one:
+        assert episode["observations"].shape == (len(episode["rewards"]) + 1, 8)
+        assert episode["actions"].shape == (len(episode["rewards"]), 2)
+
+
+def test_a_car_button_episode_repeats_itself():
+    env_id = prefine.resolve_env("OfflineCarButton1")
+    first, second = (prefine.run_episode(env_id, (prefine.lidar_controller, 3)) for _ in range(2))
+    assert same_episodes([first], [second]) and len(first["rewards"]) == 1000
+    assert first["costs"].sum() > 0 and not first["terminated"]
+
+
+# -------------------------------------------------------------------------------------- evaluation
+def test_wilson_interval_of_0_of_20_is_not_never():
+    assert prefine.wilson(0, 20) == pytest.approx([0, 0.161], abs=5e-4)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (3, 20), (10, 20), (20, 20), (49, 50)])
+def test_wilson_interval_solves_the_score_equation(k, n):
+    low, high = prefine.wilson(k, n)
+    assert 0 <= low <= k / n <= high + 1e-12 and high <= 1
+    for bound in low, high:  # |k/n - p| = 1.96 sqrt(p (1 - p) / n)
+        gap = (k / n - bound) ** 2 - 1.96**2 * bound * (1 - bound) / n
+        assert gap == pytest.approx(0, abs=1e-9)
+
+
+def test_bootstrap_interval_of_a_constant_is_that_constant_and_else_covers_the_mean():
+    assert prefine.bootstrap(np.full(20, 3.0)) == [3.0, 3.0]
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = prefine.bootstrap(values)
+    half = 1.96 * values.std() / 20  # the normal approximation
+    assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
+    assert prefine.bootstrap(values) == [low, high]
+
+
+def test_the_evaluation_agrees_with_its_episodes(ball, monkeypatch):
+    recorded, simulate = [], prefine.run_episodes
+
+    def record(*arguments):
+        recorded.extend(simulate(*arguments))
+        return list(recorded)
+
+    monkeypatch.setattr(prefine, "run_episodes", record)
+    torch.manual_seed(0)
+    first, second = (prefine.GaussianPolicy(*BOX, np.zeros(8), np.ones(8), [8]) for _ in range(2))
+    limit, arguments = 3.0, flags(f"--env {BALL} --eval-episodes 3 --cost-limit 3 --workers 2")
+    found = prefine.evaluate({"a": first, "b": second, "again": first}, ball, arguments)
+    assert found["a"] == found["again"] and len(recorded) == 9
+    starts = np.array([episode["observations"][0] for episode in recorded])
+    np.testing.assert_array_equal(starts[:3], starts[3:6])  # the same start states for both
+    assert not np.array_equal(starts[0], starts[1])
+    low, high = ball.unwrapped.min_episode_reward, ball.unwrapped.max_episode_reward
+    for name, part in ("a", recorded[:3]), ("b", recorded[3:6]):
+        returns = [math.fsum(episode["rewards"]) for episode in part]
+        costs = [math.fsum(episode["costs"]) for episode in part]
+        expected = {
+            "return_mean": sum(returns) / 3,
+            "cost_mean": sum(costs) / 3,
+            "cost_max": max(costs),
+            "violation_rate": sum(cost > limit for cost in costs) / 3,
+            "failure_rate": sum(bool(episode["terminated"]) for episode in part) / 3,
+            "normalized_return": (sum(returns) / 3 - low) / (high - low),
+            "normalized_cost": sum(costs) / 3 / limit,
+            "episodes": 3,
+        }
+        assert {key: found[name][key] for key in expected} == pytest.approx(expected, rel=1e-5)
+        for key, mean in ("return", "return_mean"), ("cost", "cost_mean"):
+            low_end, high_end = found[name][f"{key}_ci95"]
+            assert low_end <= found[name][mean] <= high_end
+
+
+# ------------------------------------------------------------------------------------- end to end
+MEASURED = """return_mean return_ci95 cost_mean cost_ci95 normalized_return normalized_cost
+violation_rate violation_rate_ci95 failure_rate failure_rate_ci95 cost_max episodes"""
+BALL_RUN = """--env OfflineBallCircle --dataset scripted --scripted-episodes 24 --preferred 4
+--dispreferred 4 --hidden 32 --pretrain-updates 300 --finetune-updates 300 --eval-episodes 2
+--pretrain-top 0.3 --seed 1"""
+
+
+@pytest.fixture(scope="module")
+def ball_run(tmp_path_factory):
+    """A whole run, as a user types it; its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    done = command(*BALL_RUN.split(), "--workers", 2, "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def metrics(folder):
+    """The content of metrics.json; seconds are the only thing that may differ between runs."""
+    content = json.loads((folder / "metrics.json").read_text())
+    assert all(value >= 0 for value in content.pop("seconds").values())
+    return content
+
+
+def check_metrics(folder, episodes):
+    content = json.loads((folder / "metrics.json").read_text())
+    parts = "env dataset method seed cost_limit pretrained finetuned data seconds"
+    assert " ".join(content) == parts
+    assert list(content["seconds"]) == ["load", "pretrain", "finetune", "evaluate"]
+    for name in "pretrained", "finetuned":
+        assert sorted(content[name]) == sorted(MEASURED.split())
+        for key, value in content[name].items():
+            values = value if "ci95" in key else [value]
+            assert len(values) == (2 if "ci95" in key else 1) and np.isfinite(values).all()
+        assert content[name]["episodes"] == episodes
+    return content
+
+
+def test_a_whole_run_in_bullet_safety_gym(ball_run, cache):
+    folder, output = ball_run
+    content = check_metrics(folder, episodes=2)
+    assert content["env"] == BALL and content["cost_limit"] == 10 and content["seed"] == 1
+    assert content["data"]["episodes"] == 24 and content["data"]["transitions"] == 24 * 200
+    files = ["config.json", "finetune.jsonl", "finetuned.pt", "metrics.json", "pretrain.jsonl"]
+    assert sorted(x for x in os.listdir(folder) if x[0] != ".") == [*files, "pretrained.pt"]
+    assert "pre-trained" in output and "fine-tuned" in output and "cost" in output
+    assert any("scripted" in name and name.endswith(".hdf5") for name in os.listdir(cache))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["preferred"] == 4 and config["pretrain_updates"] == 300
+    lines = (folder / "finetune.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["update"] for row in rows] == [100, 200, 300]
+    for split in "train", "heldout":
+        pairs = "preferred_counterfactual", "counterfactual_dispreferred", "preferred_dispreferred"
+        names = [f"{kind}/{split}/{pair}" for kind in ("margin", "accuracy") for pair in pairs]
+        assert {*names, f"kl/{split}"} <= rows[0].keys()
+
+
+def test_the_result_is_a_policy_that_needs_no_data_and_runs_no_code(ball_run):
+    content = torch.load(ball_run[0] / "finetuned.pt", weights_only=True)
+    assert content["env"] == BALL
+    policy = prefine.load_policy(ball_run[0] / "finetuned.pt", BALL)
+    assert not same(policy, prefine.load_policy(ball_run[0] / "pretrained.pt", BALL))
+    assert policy(torch.zeros(8))[0].shape == (2,)
+
+
+def test_a_complete_run_is_shown_and_not_repeated(ball_run):
+    folder, output = ball_run
+    files = [folder / "metrics.json", *folder.glob("*.pt"), *folder.glob("*.jsonl")]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    done = command(*BALL_RUN.split(), "--run-dir", folder)
+    assert done.returncode == 0 and "complete" in done.stdout
+    assert done.stdout.splitlines()[-1] in output  # the same table
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+
+
+def test_another_folder_and_number_of_workers_give_the_same_numbers(ball_run, tmp_path):
+    assert run(BALL_RUN, f"--workers 1 --run-dir {tmp_path / 'b'}") == 0
+    assert metrics(tmp_path / "b") == metrics(ball_run[0])
+    for name in "pretrained.pt", "finetuned.pt":
+        assert same(*(prefine.load_policy(x / name) for x in (tmp_path / "b", ball_run[0])))
+    for name in "pretrain.jsonl", "finetune.jsonl":
+        assert (tmp_path / "b" / name).read_bytes() == (ball_run[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(how, ball_run, tmp_path):
+    folder = tmp_path / "c"
+    line = [*BALL_RUN.split(), "--workers", "2", "--run-dir", str(folder)]
+    whole = [sys.executable, str(HERE / "prefine.py"), *line]
+    process = subprocess.Popen(whole, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and not (folder / "pretrained.pt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.Signals[how])
+    if how == "SIGINT":
+        error = process.communicate(timeout=60)[1]
+        assert "interrupted; the same command" in error and "Traceback" not in error
+    assert process.wait(timeout=60) != 0 and not (folder / "metrics.json").exists()
+    done = command(*line)
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder) == metrics(ball_run[0])
+    for name in "pretrain.jsonl", "finetune.jsonl":
+        assert (folder / name).read_bytes() == (ball_run[0] / name).read_bytes()
+
+
+def test_a_run_folder_in_use_is_refused(ball_run):
+    with open(ball_run[0] / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = command(*BALL_RUN.split(), "--run-dir", ball_run[0])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--run-dir" in done.stderr
+
+
+def test_other_flags_in_the_same_folder_are_refused_and_named(ball_run):
+    content = (ball_run[0] / "metrics.json").read_bytes()
+    line = f"{BALL_RUN} --run-dir {ball_run[0]} --beta 0.2 --preferred 3"
+    done = command(*line.split())
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--beta" in done.stderr and "--preferred" in done.stderr
+    assert "--no-resume" in done.stderr and "--seed" not in done.stderr
+    assert (ball_run[0] / "metrics.json").read_bytes() == content
+
+
+def test_no_resume_starts_over(ball_run, tmp_path):
+    folder = shutil.copytree(ball_run[0], tmp_path / "d")
+    line = f"{BALL_RUN} --run-dir {folder} --finetune-updates 0 --no-resume"
+    assert run(line) == 0
+    content = metrics(folder)
+    assert content["finetuned"] == content["pretrained"] == metrics(ball_run[0])["pretrained"]
+    assert json.loads((folder / "config.json").read_text())["finetune_updates"] == 0
+
+
+def test_a_trained_policy_is_taken_instead_of_pretraining(ball_run, tmp_path):
+    policy = ball_run[0] / "pretrained.pt"
+    line = f"{BALL_RUN} --policy {policy} --run-dir {tmp_path / 'e'}"
+    assert run(line) == 0
+    content, first = metrics(tmp_path / "e"), metrics(ball_run[0])
+    assert content["pretrained"] == first["pretrained"]
+    assert content["finetuned"] == first["finetuned"]
+
+
+def test_pretraining_reaches_the_mean_return_of_the_best_30_percent(tmp_path, cache):
+    text = "--env OfflineBallCircle --dataset scripted --scripted-episodes 100 --workers 2 "
+    text += "--preferred 5 --dispreferred 5 --pretrain-updates 2000 --finetune-updates 0 "
+    import h5py
+
+    assert run(text, f"--eval-episodes 10 --run-dir {tmp_path / 'f'}") == 0
+
+    with h5py.File(cache / f"{BALL}-scripted-100.hdf5") as file:
+        returns = np.sort(file["rewards"][:].reshape(100, 200).sum(1))
+    assert metrics(tmp_path / "f")["pretrained"]["return_mean"] >= returns[-30:].mean()
+
+
+def test_scripted_data_loads_through_dsrl_itself_with_equal_content(ball_run, cache, ball):
+    path = cache / f"{BALL}-scripted-24.hdf5"
+    theirs, ours = ball.unwrapped.get_dataset(h5path=str(path)), prefine.load_dataset(path, ball)
+    for key in "observations", "actions", "rewards", "costs":
+        np.testing.assert_array_equal(theirs[key], getattr(ours, key).numpy())
+    done = (theirs["terminals"] + theirs["timeouts"]) > 0
+    np.testing.assert_array_equal(np.flatnonzero(done) + 1, ours.ends.numpy())
+    inner = ~done[:-1]
+    np.testing.assert_array_equal(
+        theirs["next_observations"][:-1][inner], theirs["observations"][1:][inner]
+    )
+    costs, returns = ours.sums(ours.costs), ours.sums(ours.rewards)
+    assert (costs <= 10).sum() >= 4 and (costs > 10).sum() >= 4  # safe and unsafe episodes both
+    assert returns.max() > 2 * np.median(returns[returns > 0]) or np.ptp(returns) > 200
+
+
+def test_scripted_data_of_another_task_is_refused_with_those_that_have_it(tmp_path, capsys):
+    line = f"--env OfflineAntVelocity --dataset scripted --run-dir {tmp_path / 'g'}"
+    assert run(line) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "OfflineBallCircle" in error and "OfflineCarButton1" in error
+
+
+@pytest.fixture(scope="module")
+def swimmer(tmp_path_factory):
+    """A data set of random actions, recorded in a Safety-Gymnasium task; its path and arrays."""
+    env = prefine.import_simulators().make("OfflineSwimmerVelocityGymnasium-v1")
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(12):
+        observation, _ = env.reset(seed=seed)
+        push, ended, timeout = rng.uniform(-1, 1, 2), False, False
+        while not (ended or timeout):
+            action = np.clip(push + 0.5 * rng.normal(size=2), -1, 1)
+            following, reward, ended, timeout, info = env.step(action)
+            rows.append((observation, action, reward, info["cost"], ended, timeout))
+            observation = following
+    names = ("observations", "actions", "rewards", "costs", "terminals", "timeouts")
+    arrays = {name: np.array(column) for name, column in zip(names, zip(*rows))}
+    path = tmp_path_factory.mktemp("swimmer") / "swimmer.hdf5"
+    return write_hdf5(path, arrays), arrays
+
+
+SWIMMER_RUN = """--env OfflineSwimmerVelocity --preferred 3 --dispreferred 3 --hidden 32
+--pretrain-updates 200 --finetune-updates 200 --eval-episodes 2 --workers 2"""
+
+
+def test_a_whole_run_in_safety_gymnasium(swimmer, tmp_path):
+    path, arrays = swimmer
+    limit = np.median(arrays["costs"].reshape(12, 1000).sum(1))
+    line = f"--dataset {path} --cost-limit {limit} --run-dir {tmp_path / 'h'}"
+    assert run(SWIMMER_RUN, line) == 0
+    content = check_metrics(tmp_path / "h", episodes=2)
+    assert content["cost_limit"] == limit and content["data"]["safe_share"] == 0.5
+
+
+def test_labels_from_a_file_need_no_cost_at_all(swimmer, tmp_path):
+    arrays = {key: value for key, value in swimmer[1].items() if key != "costs"}
+    path = write_hdf5(tmp_path / "no_costs.hdf5", arrays)
+    labels = [(e, "preferred" if e % 2 else "dispreferred") for e in range(8)]
+    labels = write_preferences(tmp_path / "labels.csv", labels)
+    line = f"--dataset {path} --preferences {labels} --run-dir {tmp_path / 'i'}"
+    assert run(SWIMMER_RUN, line) == 0
+    data = check_metrics(tmp_path / "i", episodes=2)["data"]
+    assert (data["preferred"], data["dispreferred"]) == (4, 4) and "cost_mean" not in data
+
+
+# ------------------------------------------------------------------------------- the command line
+def help_text(capsys):
+    with pytest.raises(SystemExit) as caught:
+        prefine.main(["--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--nonsense 1",
+        "--beta 0",
+        "--beta nan",
+        "--seed -1",
+        "--preferred 0",
+        "--beta x",
+        "--method none",
+        "--workers 0",
+        "--seed 4294967",
+        "--pretrain-updates 1.5",
+        "--be 1",
+    ],
+)
+def test_a_bad_flag_exits_with_2_and_is_named(text, capsys, tmp_path):
+    line = f"--env OfflineBallCircle --dataset {tmp_path / 'none.hdf5'} --run-dir {tmp_path}"
+    assert run(line, text) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and text.split()[0] in error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "--env OfflineBallCirle",
+        f"--env {BALL} --device nonsense",
+        f"--env {BALL} --dataset {HERE}/nothing.hdf5",
+        f"--env {BALL} --policy {__file__}",
+    ],
+)
+def test_what_cannot_run_exits_with_2_and_one_sentence(text, tmp_path, monkeypatch, capsys, cache):
+    monkeypatch.chdir(tmp_path)
+    if "--policy" in text:
+        text += f" --dataset {write_hdf5(tmp_path / 'data.hdf5', small_arrays())}"
+        text += " --preferred 1 --dispreferred 1 --cost-limit 9"
+    assert run(text) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_flag_has_its_line_of_help(capsys):
+    lines = help_text(capsys)
+    for name in vars(flags()):
+        assert f"--{name.replace('_', '-')}" in lines
+
+
+def test_a_method_is_a_set_of_flags_and_flags_override_it():
+    assert flags("--method dpo").contrast_pair == 1 and flags("--method dpo").kl == 0
+    assert flags("--method dpo").contrast_preferred == 0
+    assert flags("--method dpo --contrast-preferred 0.7").contrast_preferred == 0.7
+
+
+def test_the_module_needs_only_torch_and_numpy_and_prints_nothing():
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in {"h5py", "tqdm", "dsrl", "gymnasium", "matplotlib", "gym",
+                                  "safety_gymnasium", "bullet_safety_gym", "pybullet", "mujoco"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+import prefine
+assert prefine.parse_args([]).beta > 0
+"""
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=HERE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_unknown_verb_of_run_all_gets_one_sentence():
+    line = ["bash", str(HERE / "run_all.sh"), "nonsense"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "nonsense" in done.stderr and "demo" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.skipif(not (HERE / "README.md").exists(), reason="there is no README yet")
+def test_every_flag_that_the_readme_names_exists(capsys):
+    known = set(re.findall(r"--[a-z][a-z-]*", help_text(capsys))) | {"--full"}  # of the benchmark
+    for line in (HERE / "README.md").read_text().splitlines():
+        if not re.search(r"\b(pip|uv|git|pytest|docker)\b", line):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) <= known, line
