@@ -132,7 +132,7 @@ def parse_args(argv=None):
     add("--log-std-min", -1.5, real, "lowest log std, in units of half the action range")
     add("--log-std-max", 0.5, real, "highest log std")
     add("--pretrain-updates", 5000, whole, "updates of the reward-only pre-training")
-    add("--pretrain-top", 0.1, rate, "share of episodes, best by return, to imitate")
+    add("--pretrain-top", 0.2, rate, "share of episodes, best by return, to imitate")
     add("--pretrain-batch", 512, count, "transitions per update")
     add("--pretrain-lr", 1e-3, rate, "Adam's learning rate, with a cosine decay to 0")
     add = functools.partial(flag, parser.add_argument_group("fine-tuning"))
@@ -265,7 +265,7 @@ def load_dataset(path, env, with_costs=True):
     shapes |= dict.fromkeys(["rewards", "terminals", "timeouts"] + ["costs"] * with_costs, ())
     values, low, high = {}, env.action_space.low, env.action_space.high
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r") as file, np.errstate(over="ignore"):
             for key, shape in shapes.items():
                 # A link, or a virtual or external array, could make us read other files.
                 link = file.get(key, getlink=True)
@@ -293,8 +293,9 @@ def load_dataset(path, env, with_costs=True):
         np.clip(actions, low, high, out=actions)  # as the simulators do
         require(not with_costs or values["costs"].min() >= 0, "'costs' has negative values.")
         return make_dataset(**values)
-    except (OSError, UserError) as error:
-        raise UserError(f"--dataset {path}: not a usable HDF5 file: {error}") from None
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
+        reason = " ".join(str(error).split())  # damaged files fail in all these ways
+        raise UserError(f"--dataset {path}: not a usable HDF5 file: {reason}") from None
 
 
 def find_dataset(args, env):
@@ -527,7 +528,7 @@ def optimise(parameters, sample, losses, updates, lr, generator, title, monitor=
 def pretrain(dataset, low, high, args):
     """Reward-only pre-training: imitate the best episodes by return. Costs are never read.
 
-    Behaviour cloning of the best tenth is the "10% BC" of Chen et al., Decision Transformer, 2021.
+    Behaviour cloning of the best episodes is the "%BC" of Chen et al., Decision Transformer, 2021.
     Returns the GaussianPolicy for actions in [low, high], and its curve as of ``optimise``.
     """
     returns = dataset.sums(dataset.rewards)
@@ -736,7 +737,7 @@ def wilson(successes, trials):
     z, rate = 1.96, successes / trials
     centre = rate + z * z / (2 * trials)
     half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    return [max(0.0, (x / (1 + z * z / trials))) for x in (centre - half, centre + half)]
+    return [min(max(x / (1 + z * z / trials), 0.0), 1.0) for x in (centre - half, centre + half)]
 
 
 def bootstrap(values, resamples=10_000):
@@ -747,7 +748,7 @@ def bootstrap(values, resamples=10_000):
 
 def evaluate(policies, env, args):
     """What metrics.json says of each policy, {name: {...}}; all start from the same states."""
-    seeds = [1000 * (args.seed + 1000) + i for i in range(args.eval_episodes)]
+    seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(args.eval_episodes)]
     actors = [functools.partial(policy_actor, p, args.eval_sample) for p in policies.values()]
     jobs = [(actor, seed) for actor in actors for seed in seeds]
     runs = run_episodes(args.env, jobs, args.workers, "evaluate")
@@ -870,7 +871,7 @@ def main(argv=None):
     try:
         run(parse_args(argv))
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, csv.Error) as error:
         print(f"prefine.py: {error}", file=sys.stderr)
         return 2
 

@@ -7,6 +7,7 @@
 #   bash run_all.sh bench [FLAG ...]   the speed figures
 #   bash run_all.sh [-j N]             every experiment of the README's tables, N at a time
 #   bash run_all.sh summary [FOLDER]   those tables, from FOLDER/*/metrics.json (default: runs)
+#   bash run_all.sh picture RUN PNG    the README's picture, of a run folder of BallCircle
 #
 # Every verb sets up on first use. What is done already is not done again.
 
@@ -21,7 +22,7 @@ export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 say() { echo "run_all.sh: $*" >&2; }
 fail() { say "$*" && exit 2; }
 unknown() {
-  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, and -j N with no verb."
+  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, picture, and -j N with no verb."
 }
 
 # ------------------------------------------------------------------------------------------- setup
@@ -268,6 +269,60 @@ with open(folder / "summary.csv", "w", newline="") as file:
 PYTHON
 }
 
+picture() {
+  .venv/bin/python - "$@" <<'PYTHON'
+import functools
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+import prefine
+
+run, out = Path(sys.argv[1]), sys.argv[2]
+config = json.loads((run / "config.json").read_text())
+args = prefine.parse_args(["--env", config["env"], "--dataset", config["dataset"]])
+args.scripted_episodes, limit = config["scripted_episodes"], config["cost_limit"]
+env = prefine.import_simulators().make(args.env)
+data = prefine.load_dataset(prefine.find_dataset(args, env), env)
+chosen = prefine.draw_preferences(
+    data.sums(data.costs), limit, config["preferred"], config["dispreferred"], config["seed"]
+)
+figure, (plane, paths) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+costs, returns = data.sums(data.costs), data.sums(data.rewards)
+plane.scatter(costs, returns, s=8, c="0.75", label="data set")
+plane.scatter(*(x[chosen.dispreferred] for x in (costs, returns)), s=14, c="#D55E00", marker="x",
+              label="dispreferred")
+plane.scatter(*(x[chosen.preferred] for x in (costs, returns)), s=14, c="#0072B2", label="preferred")
+for name, title, colour in (("pretrained", "before", "#D55E00"), ("finetuned", "after", "#0072B2")):
+    actor = functools.partial(prefine.policy_actor, prefine.load_policy(run / f"{name}.pt"), False)
+    for i in range(4):
+        episode = prefine.run_episode(args.env, (actor, 10**6 + i))
+        x, y = 10 * episode["observations"][:, 0], 10 * episode["observations"][:, 1]
+        paths.plot(x, y, c=colour, lw=1, label=f"{title} fine-tuning" if i == 0 else None)
+        plane.scatter(episode["costs"].sum(), episode["rewards"].sum(), s=70, c=colour, marker="*",
+                      edgecolors="k", lw=0.6, zorder=3,
+                      label=f"{title} fine-tuning" if i == 0 else None)
+plane.axvline(limit, c="k", ls="--", lw=1)
+plane.text(limit + 1, plane.get_ylim()[0] + 15, f"cost limit {limit:g}", fontsize=8)
+plane.set(xlabel="cost return", ylabel="return", title="Episodes")
+for low, high in ((-12, -6), (6, 12)):
+    paths.axvspan(low, high, color="0.9", lw=0)
+paths.text(-11.5, 8.3, "unsafe", fontsize=8)
+paths.set(xlabel="x (m)", ylabel="y (m)", xlim=(-12, 12), ylim=(-9, 9), aspect="equal",
+          title="Paths of the deterministic policy, from above")
+plane.legend(fontsize=8)
+paths.legend(fontsize=8, loc="center")
+figure.suptitle(f"{config['env']}, {config['dataset']} data, seed {config['seed']}", fontsize=10)
+figure.savefig(out, dpi=130)
+PYTHON
+}
+
 # -------------------------------------------------------------------------------------------- verbs
 
 case ${1:-} in
@@ -279,6 +334,10 @@ case ${1:-} in
   test) setup; exec .venv/bin/python -m pytest -q test_prefine.py "${@:2}" ;;
   bench) setup; exec .venv/bin/python test_prefine.py bench "${@:2}" ;;
   summary) setup; summary "${2:-runs}" ;;
+  picture)
+    [ $# -eq 3 ] || fail "picture takes a run folder of BallCircle and the name of a PNG file."
+    setup; picture "$2" "$3"
+    ;;
   -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh ;;
   '' | -*) experiments "$@" ;;
   *) unknown "$1" ;;
