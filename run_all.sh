@@ -317,7 +317,7 @@ paths.text(-11.5, 8.3, "unsafe", fontsize=8)
 paths.set(xlabel="x (m)", ylabel="y (m)", xlim=(-12, 12), ylim=(-9, 9), aspect="equal",
           title="Paths of the deterministic policy, from above")
 plane.legend(fontsize=8)
-paths.legend(fontsize=8, loc="center")
+paths.legend(fontsize=8, loc="lower right")
 figure.suptitle(f"{config['env']}, {config['dataset']} data, seed {config['seed']}", fontsize=10)
 figure.savefig(out, dpi=130)
 PYTHON
