@@ -142,7 +142,7 @@ def parse_args(argv=None):
     add("--segment", 1, count, "consecutive steps of a segment")
     add("--aggregate", "step", str, "contrast steps, or segments' sum", choices=AGGREGATE)
     add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
-    add("--counterfactual", "current", str, "policy to sample from", choices=SOURCES)
+    add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
     add("--contrast-dispreferred", 0.1, weight, "weight of counterfactual > dispreferred")
@@ -272,9 +272,8 @@ def load_dataset(path, env, with_costs=True):
                 array = file[key] if isinstance(link, h5py.HardLink) else None
                 own = isinstance(array, h5py.Dataset) and not (array.is_virtual or array.external)
                 require(own, f"it needs an array '{key}' of its own, and has {sorted(file)[:12]}.")
-                fits = array.shape and array.shape[1:] in {shape, shape or (1,)}
-                fits = fits and len(array) == len(file["observations"]) > 0
-                fits = fits and array.dtype.kind in "fiub"
+                fits = array.dtype.kind in "fiub" and array.shape[1:] in {shape, shape or (1,)}
+                fits = fits and array.shape and len(array) == len(file["observations"]) > 0
                 found = f"found {array.dtype} {array.shape}"
                 require(fits, f"'{key}' must be numbers of shape {('N', *shape)}, N > 0; {found}.")
                 stored = array.nbytes <= 2000 * array.id.get_storage_size()  # gzip stays below 1032
@@ -503,7 +502,7 @@ def optimise(parameters, sample, losses, updates, lr, generator, title, monitor=
     of both per CHUNK updates. Raises UserError if a loss or a parameter is not finite.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=parameters[0].device.type != "mps")
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     rows = []
     for done in progress(range(0, updates, CHUNK), title, unit=f"{CHUNK} updates"):
         size, totals = min(CHUNK, updates - done), {}
@@ -577,28 +576,29 @@ def draw_preferences(costs, limit, preferred, dispreferred, seed, heldout=20):
         side = "at or under" if found is safe else "over"
         have = f"only {len(found)} of {len(costs)} episodes have a cost {side} {limit:g}"
         require(n <= len(found), f"--{flag} {n}: {have}; ask for fewer, or set --cost-limit.")
-    sizes = [preferred, preferred + heldout], [dispreferred, dispreferred + heldout]
-    good, bad = (np.split(found, size)[:2] for found, size in zip((safe, unsafe), sizes))
-    return Preferences(good[0], bad[0], good[1], bad[1])
+    rest = safe[preferred:][:heldout], unsafe[dispreferred:][:heldout]
+    return Preferences(safe[:preferred], unsafe[:dispreferred], *rest)
 
 
 def read_preferences(path, episodes):
     """Labels from a CSV file with the columns ``episode,label``; UserError names a bad line."""
     found = {"preferred": [], "dispreferred": []}
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for line, row in enumerate(csv.DictReader(file), 2):
-            episode, label = row.get("episode") or "", row.get("label")
-            valid = episode.isdecimal() and int(episode) < episodes and label in found
-            valid = valid and int(episode) not in sum(found.values(), [])
-            needs = f"a new episode below {episodes}, and preferred or dispreferred"
-            require(valid, f"--preferences {path}, line {line}: needs {needs}; found {row}.")
-            found[label].append(int(episode))
+    try:
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            for line, row in enumerate(csv.DictReader(file), 2):
+                episode, label = row.get("episode") or "", row.get("label")
+                valid = episode.isdecimal() and int(episode) < episodes and label in found
+                valid = valid and int(episode) not in sum(found.values(), [])
+                needs = f"a new episode below {episodes}, and preferred or dispreferred"
+                require(valid, f"--preferences {path}, line {line}: needs {needs}; found {row}.")
+                found[label].append(int(episode))
+    except csv.Error as error:
+        raise UserError(f"--preferences {path}: not a readable CSV file ({error}).") from None
     require(all(found.values()), f"--preferences {path}: needs episodes of both labels.")
     return Preferences(*(np.array(x, np.int64) for x in (*found.values(), [], [])))
 
 
 # ------------------------------------------------------------- counterfactuals and the joint loss
-SOURCES = ("current", "reference")
 AGGREGATE = {"step": lambda h: h, "sum": lambda h: h.sum(-1, keepdim=True)}
 
 
@@ -871,7 +871,7 @@ def main(argv=None):
     try:
         run(parse_args(argv))
         return 0
-    except (UserError, OSError, csv.Error) as error:
+    except (UserError, OSError) as error:
         print(f"prefine.py: {error}", file=sys.stderr)
         return 2
 
