@@ -4,7 +4,7 @@
 #   bash run_all.sh setup              make .venv (PYTHON=3.10 or PYTHON=/path/to/python picks one)
 #   bash run_all.sh demo [FLAG ...]    the whole method on BallCircle; flags go to prefine.py
 #   bash run_all.sh test [FLAG ...]    the tests; flags go to pytest
-#   bash run_all.sh bench [FLAG ...]   the speed figures
+#   bash run_all.sh bench [FLAG]       the speed figures; --quick, or --osrl: beside OSRL
 #   bash run_all.sh [-j N]             every experiment of the README's tables, N at a time
 #   bash run_all.sh summary [FOLDER]   those tables, from FOLDER/*/metrics.json (default: runs)
 #   bash run_all.sh picture RUN PNG    the README's picture, of a run folder of BallCircle
@@ -331,7 +331,15 @@ case ${1:-} in
     exec .venv/bin/python prefine.py --env OfflineBallCircle --dataset scripted "${@:2}"
     ;;
   test) setup; exec .venv/bin/python -m pytest -q test_prefine.py "${@:2}" ;;
-  bench) setup; exec .venv/bin/python test_prefine.py bench "${@:2}" ;;
+  bench)
+    setup
+    if [ "${2:-}" = --osrl ] && [ ! -d .osrl ]; then
+      find_uv
+      "$UV" pip install -q --no-deps --python .venv/bin/python --target .osrl osrl-lib==0.1.0 ||
+        fail "uv could not install osrl-lib 0.1.0 into .osrl, see above."
+    fi
+    exec .venv/bin/python test_prefine.py bench "${@:2}"
+    ;;
   summary) setup; summary "${2:-runs}" ;;
   picture)
     [ $# -eq 3 ] || fail "picture takes a run folder of BallCircle and the name of a PNG file."
