@@ -1348,7 +1348,7 @@ def test_an_unknown_verb_of_run_all_gets_one_sentence():
 
 @pytest.mark.skipif(not (HERE / "README.md").exists(), reason="there is no README yet")
 def test_every_flag_that_the_readme_names_exists(capfd):
-    known = set(re.findall(r"--[a-z][a-z-]*", help_text(capfd))) | {"--full"}  # of the benchmark
+    known = set(re.findall(r"--[a-z][a-z-]*", help_text(capfd))) | {"--osrl"}  # of the benchmark
     for line in (HERE / "README.md").read_text().splitlines():
         if not re.search(r"\b(pip|uv|git|pytest|docker)\b", line):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) <= known, line
