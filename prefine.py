@@ -2,7 +2,7 @@
 # requires-python = ">=3.10,<3.12"
 # dependencies = [
 #   "torch==2.13.0", "numpy==1.26.4", "gymnasium==0.28.1", "h5py==3.16.0", "tqdm==4.70.1",
-#   "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0",
+#   "scipy==1.15.3", "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0",
 #   "pybullet==3.2.7", "mujoco==2.3.3",
 # ]
 # [tool.uv]  # dsrl's and safety-gymnasium's own pins have no wheels for 3.11; gym is not needed
@@ -13,8 +13,7 @@
 # ///
 """PREFINE: make a reward-trained policy safe from a handful of labelled trajectories.
 
-    python prefine.py --env OfflineCarButton1                       # DSRL data, the paper's setting
-    python prefine.py --env OfflineBallCircle --dataset scripted    # needs no download
+    python prefine.py --env OfflineBallCircle --dataset scripted
 
 A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe) or
 dispreferred. A counterfactual keeps a trajectory's states s and replaces its actions a by samples
@@ -24,36 +23,43 @@ c ~ pi(.|s). With h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
 + E_dispreferred [-  log sigmoid(beta (h(s, c) - h(s, a))) / beta]    counterfactual > dispreferred
 + E_preferred    [-w log pi(a|s)]                                     imitation
 
-each times its weight. w grows with the trajectory's return, which retains the reward. run() is the
-summary of the method.
+each times its weight. w grows with the return, which retains the reward. run() sums the method up.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.distributions import Normal, kl_divergence
+
+KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
+LABELS = ("preferred", "dispreferred")
+TITLE = ("env", "dataset", "method", "seed", "cost_limit")
+CHUNK = 100  # updates between two looks at the losses: each look waits for the device
 
 
 class UserError(Exception):
@@ -84,15 +90,11 @@ METHODS = {  # corners of one flag space: same network, data, updates and evalua
 }
 
 
-def at_least(low, kind):
-    """An argparse type: a finite int or float >= ``low``, which NaN is not."""
-
-    def number(text):
-        if not low <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"needs a number of at least {low}, found {text}")
-        return kind(text)
-
-    return number
+def at_least(low, kind, text):
+    """An argparse type, once low and kind are given: a finite number >= low, which NaN is not."""
+    if not low <= kind(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"needs a number of at least {low}, found {text}")
+    return kind(text)
 
 
 def parse_args(argv=None):
@@ -100,8 +102,8 @@ def parse_args(argv=None):
     usage, about = "prefine.py --env ENV [flags, see --help]", __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("prefine.py", usage, about, allow_abbrev=False)
     parser.error = functools.partial(require, False)  # main() prints it, as any other bad input
-    count, whole = at_least(1, int), at_least(0, int)
-    weight, rate, real = (at_least(low, float) for low in (0.0, 1e-9, -20.0))
+    whole, count, pair = (functools.partial(at_least, low, int) for low in (0, 1, 2))
+    weight, rate = (functools.partial(at_least, low, float) for low in (0.0, 1e-9))
 
     def flag(section, name, default, kind, text, **options):
         options |= {"action": "store_true"} if kind is bool else {"type": kind}
@@ -128,18 +130,14 @@ def parse_args(argv=None):
     add = functools.partial(flag, parser.add_argument_group("policy and pre-training"))
     add("--policy", None, str, "checkpoint of a trained policy; skips pre-training")
     add("--hidden", [256, 256], count, "sizes of the hidden layers", nargs="+")
-    add("--log-std-min", -1.5, real, "lowest log std, in units of half the action range")
-    add("--log-std-max", 0.5, real, "highest log std")
+    add("--batch-size", 512, pair, "transitions per update; half from each set in fine-tuning")
     add("--pretrain-updates", 2000, whole, "updates of the reward-only pre-training")
     add("--pretrain-top", 0.2, rate, "share of episodes, best by return, to imitate")
-    add("--pretrain-batch", 512, count, "transitions per update")
     add("--pretrain-lr", 1e-3, rate, "Adam's learning rate, with a cosine decay to 0")
     add = functools.partial(flag, parser.add_argument_group("fine-tuning"))
     add("--finetune-updates", 1000, whole, "updates of the fine-tuning")
     add("--finetune-lr", 3e-4, rate, "Adam's learning rate, with a cosine decay to 0")
-    add("--batch-size", 256, count, "segments per update from each of the two sets")
-    add("--segment", 1, count, "consecutive steps of a segment")
-    add("--aggregate", "step", str, "contrast steps, or segments' sum", choices=AGGREGATE)
+    add("--segment", 1, count, "consecutive steps whose sum of log-ratios is contrasted")
     add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
@@ -148,7 +146,7 @@ def parse_args(argv=None):
     add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
     add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
-    add("--return-weight", 2.0, weight, "w = exp(this * z-score of the return)")
+    add("--return-weight", 2.0, weight, "w = n softmax(this * return / std of returns)")
     add = functools.partial(flag, parser.add_argument_group("evaluation"))
     add("--eval-episodes", 20, count, "simulated episodes, before and after")
     add("--eval-sample", False, bool, "sample actions instead of taking the mean")
@@ -191,37 +189,51 @@ def resolve_env(name):
     return known[name]
 
 
-def run_episode(env_id, job):
-    """One episode in a fresh simulator; the job ``(make_actor, seed)`` alone decides it.
+def run_episode(env_id, make_actor, seed, path=None):
+    """One episode in a fresh simulator: DSRL's ``KEYS``, float32 [T, ...].
 
-    ``make_actor(env, seed)`` gives the function from an observation to an action. Returns float32
-    observations [T + 1, O], actions [T, A], rewards [T], costs [T], and if it ``terminated`` early.
+    ``make_actor(env, seed)`` gives the function from an observation to an action. The episode is
+    kept at ``path``, and one that was found there is not run again.
     """
-    make_actor, seed = job
+    if path and path.exists():
+        with np.load(path) as file:
+            return dict(file)
     torch.set_num_threads(1)
     np.random.seed(seed)  # Bullet tasks draw their start state from NumPy's global generator
     env = import_simulators().make(env_id)
     act, space = make_actor(env, seed), env.action_space
-    observations, steps, ended, truncated = [env.reset(seed=seed)[0]], [], False, False
+    now, steps, ended, truncated = env.reset(seed=seed)[0], [], False, False
     while not (ended or truncated):
-        action = np.clip(act(observations[-1]), space.low, space.high).astype(space.dtype)
-        observation, reward, ended, truncated, info = env.step(action)
-        observations.append(observation)
-        steps.append((action, reward, info.get("cost", 0.0)))
+        action = np.clip(act(now), space.low, space.high).astype(space.dtype)
+        then, reward, ended, truncated, info = env.step(action)
+        steps.append((now, action, reward, info.get("cost", 0), ended > truncated, truncated, then))
+        now = then
     env.close()
-    named = zip(("observations", "actions", "rewards", "costs"), (observations, *zip(*steps)))
-    arrays = {name: np.asarray(values, np.float32) for name, values in named}
-    return arrays | {"terminated": bool(ended and not truncated)}
+    arrays = {name: np.asarray(x, np.float32) for name, x in zip(KEYS, zip(*steps))}
+    if path:
+        write(path, lambda file: np.savez(file, **arrays))
+    return arrays
 
 
-def run_episodes(env_id, jobs, workers, title):
-    """``run_episode`` for every job, in their order, by parallel processes."""
+def follow_parent():
+    """In a worker: leave Ctrl-C to the parent, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wait = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
+
+
+def run_episodes(env_id, jobs, workers, title, folder=None):
+    """``run_episode`` for each job ``(make_actor, seed)``, in parallel, kept in ``folder``."""
+    paths = [folder and folder / f"{title}-{i}.npz" for i in range(len(jobs))]
     # The fork server starts before any thread does: children are cheap, and safe beside torch.
     context = multiprocessing.get_context("forkserver")
-    deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, *deaf) as pool:
-        episodes = pool.map(functools.partial(run_episode, env_id), jobs)
-        return list(progress(episodes, title, len(jobs), unit="episode"))
+    try:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, follow_parent) as pool:
+            episodes = pool.map(functools.partial(run_episode, env_id), *zip(*jobs), paths)
+            return list(progress(episodes, title, len(jobs), unit="episode"))
+    except BrokenProcessPool:
+        sentence = "a worker was killed (no memory left?); run it again, with fewer --workers."
+        raise UserError(f"{title}: {sentence}") from None
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -272,8 +284,8 @@ def load_dataset(path, env, with_costs=True):
                 require(own, f"it needs an array '{key}' of its own, and has {sorted(file)[:12]}.")
                 fits = array.dtype.kind in "fiub" and array.shape[1:] in {shape, shape or (1,)}
                 fits = fits and array.shape and len(array) == len(file["observations"]) > 0
-                found = f"found {array.dtype} {array.shape}"
-                require(fits, f"'{key}' must be numbers of shape {('N', *shape)}, N > 0; {found}.")
+                needs = f"'{key}' must be numbers of shape {('N', *shape)}, N > 0"
+                require(fits, f"{needs}; found {array.dtype} {array.shape}.")
                 stored = array.nbytes <= 2000 * array.id.get_storage_size()  # gzip stays below 1032
                 require(stored, f"'{key}' declares {array.shape}, and stores next to nothing.")
                 values[key] = value = np.zeros(array.shape, np.float32)  # faster than empty()
@@ -301,18 +313,17 @@ def find_dataset(args, env):
 
     if args.dataset not in ("dsrl", "scripted"):
         return Path(args.dataset)
-    cache, url = Path(dsrl.offline_env.DATASET_PATH), env.unwrapped.dataset_url
-    scripted, count = args.dataset == "scripted", args.scripted_episodes
-    sentence = f"--dataset scripted: {args.env} has none, only {', '.join(CONTROLLERS)} have."
-    require(not scripted or args.env in CONTROLLERS, sentence)
-    path = cache / (f"{args.env}-scripted-{count}.hdf5" if scripted else Path(url).name)
-    cache.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and scripted:
-        print(f"collecting {count} scripted episodes, once, into {path}")
-        collect(args.env, path, count, args.workers)
-    elif not path.exists():
-        mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
-        download([url, mirror], path, lambda file: load_dataset(file, env))
+    url, known = env.unwrapped.dataset_url, ", ".join(CONTROLLERS)
+    path = Path(dsrl.offline_env.DATASET_PATH) / Path(url).name
+    mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
+    make = functools.partial(download, [url, mirror], check=lambda file: load_dataset(file, env))
+    if args.dataset == "scripted":
+        require(args.env in CONTROLLERS, f"--dataset scripted: {args.env} has none; {known} have.")
+        path = path.with_name(f"{args.env}-scripted-{args.scripted_episodes}.hdf5")
+        make = functools.partial(collect, args.env, args.scripted_episodes, args.workers)
+    with lock(path.with_suffix(".lock")):  # of two processes, one makes the file
+        if not path.exists():
+            make(path)
     return path
 
 
@@ -334,26 +345,23 @@ def download(urls, path, check, timeout=60):
 
 
 # ---------------------------------------------------------------------------------- scripted data
-def collect(env_id, path, episodes, workers):
+def collect(env_id, episodes, workers, path):
     """Run the task's controller and write the episodes to ``path`` in DSRL's format."""
     import h5py
 
+    print(f"collecting {episodes} scripted episodes, once, into {path}")
     jobs = [(CONTROLLERS[env_id], seed) for seed in range(episodes)]
-    runs = run_episodes(env_id, jobs, workers, "collect")
-    for run in runs:
-        last = np.arange(len(run["rewards"]), 0, -1) == 1
-        run["terminals"], run["timeouts"] = last & run["terminated"], last > run["terminated"]
-        run["next_observations"] = run["observations"][1:]
-        run["observations"] = run["observations"][:-1]
+    runs = run_episodes(env_id, jobs, workers, "collect", kept := path.with_suffix(".episodes"))
 
     def save(file):
         with h5py.File(file, "w") as target:
-            for key in sorted(runs[0].keys() - {"terminated"}):
+            for key in KEYS:
                 values = np.concatenate([run[key] for run in runs])
                 target.create_dataset(key, data=values, compression="gzip")
             target.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
 
     write(path, save)
+    shutil.rmtree(kept)
 
 
 def ball_controller(env, seed):
@@ -377,45 +385,41 @@ def ball_controller(env, seed):
 
 
 def lidar_controller(env, seed):
-    """CarButton1, PointGoal1: steer to the goal, with some caution away from what is near."""
-    rng = np.random.default_rng(seed)
-    spaces = env.unwrapped.obs_space_dict
+    """CarButton1, PointGoal1: weigh the way to the goal against obstacles, in 16 directions."""
+    rng, spaces = np.random.default_rng(seed), env.unwrapped.obs_space_dict.spaces
+    car = "ballquat_rear" in spaces
+    caution, speed = rng.uniform(0, 6), rng.uniform(0.2, 1)
+    reach, noise = rng.uniform(0.1, 0.4), rng.uniform(0.3, 0.9)
     ends = np.cumsum([np.prod(space.shape, dtype=int) for space in spaces.values()])
-    parts = dict(zip(spaces, zip([0, *ends], ends)))
-    car = "ballquat_rear" in parts
-    obstacles = ["hazards_lidar", "gremlins_lidar", "buttons_lidar"][: 3 if car else 1]
-    caution, speed = 3 * rng.uniform() ** 2, rng.uniform(0.2, 1)
-    reach, noise = rng.uniform(0.1, 0.3), rng.uniform(0.1, 0.4)
-    angles = (np.arange(16) + 0.5) * 2 * np.pi / 16  # 16 lidar bins, from the body's x axis
-    bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # [16, (ahead, left)]
-    bins = np.stack([-bins[:, 1], bins[:, 0]], 1) if car else bins  # it drives along its -y axis
+    angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
+    bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
+    blocks = np.clip(bins @ bins.T, 0, 1) ** 4  # what lies in one direction blocks its neighbours
 
     def act(observation):
-        seen = {name: observation[start:end] for name, (start, end) in parts.items()}
-        heading = seen["goal_lidar"] @ bins
-        heading /= np.linalg.norm(heading) + 1e-6
-        if car:  # the goal is one of the buttons
-            seen["buttons_lidar"] = np.maximum(seen["buttons_lidar"] - seen["goal_lidar"], 0)
-        for name in obstacles:
-            distance = 3 * (1 - seen[name])  # metres: a reading falls from 1 to 0 over 3
-            near = np.exp(-np.maximum(distance - 0.3 - 0.1 * car, 0) / reach) * (distance < 2)
-            heading = heading - caution * near @ bins
-        heading = heading / max(1, np.linalg.norm(heading))
+        seen = dict(zip(spaces, np.split(observation, ends)))
+        goal = seen["goal_lidar"]
+        score = bins @ (goal @ bins) / (np.linalg.norm(goal @ bins) + 1e-6)
+        for name in ["hazards_lidar", "gremlins_lidar", "buttons_lidar"][: 3 if car else 1]:
+            near = np.exp(-np.maximum(3 * (1 - seen[name]) - 0.3 - 0.1 * car, 0) / reach)  # of 3 m
+            near *= seen[name] > goal.max() - 0.1  # nothing beyond the goal is in the way
+            button = name == "buttons_lidar"  # the goal is one of them; the others block the way
+            near *= seen[name] > goal + 0.02 if button else 1
+            score = score - (caution + button) * blocks @ near
+        heading = np.exp(8 * (score - score.max())) @ bins
+        drive, turn = heading / (np.linalg.norm(heading) + 1e-6)
+        if car:  # its wheels obey little more than the sign of an action
+            drive, turn = speed * drive, np.clip(6 * turn, -1, 1)
+            return np.array([drive + turn, drive - turn]) + rng.normal(0, noise, 2)
         # The point drives as well backwards: its nearer end turns to the heading.
-        gain = 2 if car else 2 * np.tanh(5 * heading[0] + 0.3)
-        drive, turn = np.clip(heading * [speed, gain], -1, 1)
-        action = [drive + 0.5 * turn, drive - 0.5 * turn] if car else [drive, turn]
-        return np.array(action) + rng.normal(0, noise, 2)
+        turn *= 2 * np.tanh(5 * drive + 0.3)
+        return np.array([speed * drive, turn]) + rng.normal(0, noise, 2)
 
     return act
 
 
-CONTROLLERS = {
-    "OfflineBallCircle-v0": ball_controller,
-    "OfflineBallRun-v0": ball_controller,
-    "OfflineCarButton1Gymnasium-v0": lidar_controller,
-    "OfflinePointGoal1Gymnasium-v0": lidar_controller,
-}
+BALLS = ["OfflineBallCircle-v0", "OfflineBallRun-v0"]
+LIDARS = ["OfflineCarButton1Gymnasium-v0", "OfflinePointGoal1Gymnasium-v0"]
+CONTROLLERS = dict.fromkeys(BALLS, ball_controller) | dict.fromkeys(LIDARS, lidar_controller)
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -431,18 +435,16 @@ def gaussian_log_prob(mean, std, actions, low, high):
     return torch.where((actions > low) & (actions < high), inside, clipped).sum(-1)
 
 
-def gaussian_kl(mean, std, other_mean, other_std):
-    """KL(first | second) [...], nats, of the Gaussians before clipping: a bound on that after."""
-    ratio = (std / other_std).square()
-    distance = ((mean - other_mean) / other_std).square()
-    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+def gaussian_kl(one, other):
+    """KL(one | other) [...], nats, of (mean, std) before clipping, which bounds that after it."""
+    return kl_divergence(Normal(*one), Normal(*other)).sum(-1)
 
 
 class GaussianPolicy(nn.Module):
     """MLP with a diagonal Gaussian, clipped to the action space [low, high], each [A].
 
-    ``mean`` and ``std`` [O] normalise observations; they are buffers, so that a checkpoint is
-    complete. ``log_std_bounds`` are in units of half the action range.
+    ``mean`` and ``std`` [O] normalise observations, as buffers: a checkpoint is self-contained.
+    ``log_std_bounds`` are in units of half the action range.
     """
 
     def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
@@ -478,36 +480,41 @@ def policy_actor(policy, sample, env, seed):
 
 def load_policy(path, env_id=None):
     """A GaussianPolicy on the CPU from a checkpoint of the task; only tensors are read, no code."""
+    kinds = (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state, found = content["state"], f"format {content['format']} of {content['env']}"
-        fits = content["format"] == 1 and env_id in (None, content["env"])
-        require(fits, f"{path}: needed is format 1 of {env_id}, found {found}.")
         hidden = [len(value) for key, value in state.items() if key.endswith("bias")][:-1]
         policy = GaussianPolicy(*(state[k] for k in ("low", "high", "mean", "std")), hidden)
         policy.load_state_dict(state)
-    except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError) as error:
-        raise UserError(f"{path}: not a checkpoint of prefine.py ({error!r:.99}).") from None
+        fits = content["format"] == 1 and env_id in (None, content["env"])
+    except (*kinds, pickle.UnpicklingError) as error:  # as foreign and damaged files cause
+        fits, found = False, f"{error!r:.99}"
+    require(fits, f"{path}: not a checkpoint of prefine.py, format 1 of {env_id}: found {found}.")
     return policy
 
 
 # ----------------------------------------------------------------------- training and pre-training
-CHUNK = 100  # updates between two looks at the losses: each look waits for the device
-
-
-def optimise(parameters, sample, losses, updates, lr, generator, title, monitor=dict):
+def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
     """Minimise a sum of terms by Adam with a cosine decay of the learning rate.
 
-    ``sample(generator, n)`` draws the random numbers of n updates, tensors [n, ...], for
-    ``losses(*of one)``, which gives {term: scalar}; ``monitor()`` gives more figures. Returns a row
-    of both per CHUNK updates. Raises UserError if a loss or a parameter is not finite.
+    ``sample(n, options)`` draws the random numbers of n updates, tensors [n, ...], ``losses(*of
+    one)`` gives {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; after
+    each, all is saved at ``path``, and what is found there goes on, to the same bits. Raises
+    UserError if a loss or a parameter is not finite.
     """
-    parameters = list(parameters)
+    updates, lr = getattr(args, f"{stage}_updates"), getattr(args, f"{stage}_lr")
+    parameters, rows, device = list(policy.parameters()), [], next(policy.parameters()).device
+    generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    rows = []
-    for done in progress(range(0, updates, CHUNK), title, unit=f"{CHUNK} updates"):
+    if path and path.exists():
+        weights, adam, randomness, rows = torch.load(path, weights_only=True)
+        policy.load_state_dict(weights)
+        optimizer.load_state_dict(adam)
+        generator.set_state(randomness)
+    for done in progress(range(CHUNK * len(rows), updates, CHUNK), stage, unit=f"{CHUNK} updates"):
         size, totals = min(CHUNK, updates - done), {}
-        draws = sample(generator, size)
+        draws = sample(size, dict(generator=generator, device=device))
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done / updates))
         for step in range(size):
             terms = losses(*(draw[step] for draw in draws))
@@ -519,17 +526,20 @@ def optimise(parameters, sample, losses, updates, lr, generator, title, monitor=
         row = {f"losses/{name}": float(total) / size for name, total in totals.items()}
         broken = [name for name, value in row.items() if not math.isfinite(value)]
         broken += [] if all(p.isfinite().all() for p in parameters) else ["a parameter"]
-        where = f"in updates {done} to {done + size}; try a lower learning rate"
-        require(not broken, f"{title}: {', '.join(broken)} is not finite {where}.")
+        where = f"in updates {done} to {done + size}; the last good state: {path if rows else None}"
+        require(not broken, f"{stage}: {', '.join(broken)} is not finite {where}.")
         rows.append({"update": done + size} | row | monitor())
+        if path:
+            state = policy.state_dict(), optimizer.state_dict(), generator.get_state(), rows
+            write(path, functools.partial(torch.save, state))
     return rows
 
 
-def pretrain(dataset, low, high, args):
+def pretrain(dataset, space, args, path=None):
     """Reward-only pre-training: imitate the best episodes by return. Costs are never read.
 
     Behaviour cloning of the best episodes is the "%BC" of Chen et al., Decision Transformer, 2021.
-    Returns the GaussianPolicy for actions in [low, high], and its curve as of ``optimise``.
+    Returns the GaussianPolicy for actions in the Box ``space``, and its curve as of ``optimise``.
     """
     returns = dataset.sums(dataset.rewards)
     best = np.argsort(-returns, kind="stable")[: max(1, round(args.pretrain_top * len(returns)))]
@@ -538,52 +548,40 @@ def pretrain(dataset, low, high, args):
     mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
     std = torch.where(std < 1e-6, 1.0, std)  # a constant observation tells nothing
     torch.manual_seed(args.seed)
-    policy = GaussianPolicy(low, high, mean, std, args.hidden, [args.log_std_min, args.log_std_max])
-    policy.to(args.device)
+    policy = GaussianPolicy(space.low, space.high, mean, std, args.hidden).to(args.device)
 
-    def sample(generator, n):
-        options = dict(generator=generator, device=args.device)
-        return [torch.randint(len(rows), (n, args.pretrain_batch), **options)]
+    def sample(n, options):
+        return [torch.randint(len(rows), (n, args.batch_size), **options)]
 
     def losses(index):
         distribution = policy(observations[index])
         log_prob = gaussian_log_prob(*distribution, actions[index], policy.low, policy.high)
         return {"imitation": -log_prob.mean()}
 
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    settings = (args.pretrain_updates, args.pretrain_lr, generator, "pre-train")
-    return policy, optimise(policy.parameters(), sample, losses, *settings)
+    return policy, optimise("pretrain", policy, sample, losses, args, path)
 
 
 # ------------------------------------------------------------------------------------ preferences
-class Preferences(NamedTuple):
-    """Episode indices of labelled trajectories; the held-out ones only measure, never train."""
-
-    preferred: np.ndarray
-    dispreferred: np.ndarray
-    heldout_preferred: np.ndarray
-    heldout_dispreferred: np.ndarray
-
-
 def draw_preferences(costs, limit, preferred, dispreferred, seed, heldout=20):
     """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``.
 
-    ``preferred`` safe and ``dispreferred`` unsafe ones are drawn at random, or UserError: there
-    are fewer; up to ``heldout`` more of each are held out.
+    Returns {"preferred": episode indices, "dispreferred": ...}, so many drawn at random from each
+    side, and up to ``heldout`` more in "heldout_preferred" and "heldout_dispreferred", which only
+    measure. Raises UserError where there are fewer.
     """
-    rng = np.random.default_rng(seed)
-    safe, unsafe = (rng.permutation(np.flatnonzero(x)) for x in (costs <= limit, costs > limit))
-    for flag, n, found in ("preferred", preferred, safe), ("dispreferred", dispreferred, unsafe):
-        side = "at or under" if found is safe else "over"
+    rng, wanted, drawn = np.random.default_rng(seed), (preferred, dispreferred), {}
+    for label, n, chosen in zip(LABELS, wanted, (costs <= limit, costs > limit)):
+        found = rng.permutation(np.flatnonzero(chosen))
+        side = "at or under" if label == "preferred" else "over"
         have = f"only {len(found)} of {len(costs)} episodes have a cost {side} {limit:g}"
-        require(n <= len(found), f"--{flag} {n}: {have}; ask for fewer, or set --cost-limit.")
-    rest = safe[preferred:][:heldout], unsafe[dispreferred:][:heldout]
-    return Preferences(safe[:preferred], unsafe[:dispreferred], *rest)
+        require(n <= len(found), f"--{label} {n}: {have}; ask for fewer, or set --cost-limit.")
+        drawn |= {label: found[:n], f"heldout_{label}": found[n:][:heldout]}
+    return drawn
 
 
 def read_preferences(path, episodes):
     """Labels from a CSV file with the columns ``episode,label``; UserError names a bad line."""
-    found = {"preferred": [], "dispreferred": []}
+    found = {label: [] for label in LABELS}
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             for line, row in enumerate(csv.DictReader(file), 2):
@@ -596,20 +594,17 @@ def read_preferences(path, episodes):
     except csv.Error as error:
         raise UserError(f"--preferences {path}: not a readable CSV file ({error}).") from None
     require(all(found.values()), f"--preferences {path}: needs episodes of both labels.")
-    return Preferences(*(np.array(x, np.int64) for x in (*found.values(), [], [])))
+    return found
 
 
 # ------------------------------------------------------------- counterfactuals and the joint loss
-AGGREGATE = {"step": lambda h: h, "sum": lambda h: h.sum(-1, keepdim=True)}
-
-
 def preference_loss(winner, loser, beta):
     """DPO's loss of ``winner > loser`` (Rafailov et al. 2023, eq. 7), element by element.
 
     Winner and loser are log-ratios h = log pi - log pi_ref of one shape. Dividing by ``beta`` keeps
     the slope where they are equal at 1/2: a small beta only delays saturation.
     """
-    return -F.logsigmoid(beta * (winner - loser)) / beta
+    return -nn.functional.logsigmoid(beta * (winner - loser)) / beta
 
 
 def log_ratios(distribution, reference, actions, low, high, noise, source="current"):
@@ -632,17 +627,16 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
 def joint_loss(preferred, dispreferred, kl, return_weight, args):
     """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``.
 
-    ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h) of segments, [B, T] each;
-    ``kl()`` gives KL(pi | pi_ref) in all states; ``return_weight`` is w [B, 1]. Imitation takes h
-    for log pi: they differ by a constant. Terms of weight 0 are left out.
+    ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h), sums over segments [B];
+    ``kl()`` gives KL(pi | pi_ref) [...]; ``return_weight`` is w [B]. Imitation takes h for
+    log pi: they differ by a constant. Terms of weight 0 are left out.
     """
-    aggregate = AGGREGATE[args.aggregate]
-    (good, good_c), (bad, bad_c) = (map(aggregate, pair) for pair in (preferred, dispreferred))
+    (good, good_c), (bad, bad_c) = preferred, dispreferred
     terms = {
         "contrast_preferred": lambda: return_weight * preference_loss(good, good_c, args.beta),
         "contrast_dispreferred": lambda: preference_loss(bad_c, bad, args.beta),
         "contrast_pair": lambda: preference_loss(good, bad, args.beta),
-        "imitation": lambda: -return_weight * preferred[0],
+        "imitation": lambda: -return_weight * good,
         "kl": kl,
     }
     used = {name: getattr(args, name) for name in terms if getattr(args, name)}
@@ -650,39 +644,38 @@ def joint_loss(preferred, dispreferred, kl, return_weight, args):
 
 
 # ------------------------------------------------------------------------------------ fine-tuning
-def finetune(policy, dataset, preferences, args=None):
+def finetune(policy, dataset, preferences, args=None, path=None):
     """Align a reward-trained policy with labelled trajectories. Costs are never read.
 
     ``policy`` is any module from observations [..., O] to mean and std [..., A] whose buffers
-    ``low`` and ``high`` bound its actions (infinite: a plain Gaussian). Returns the aligned copy,
-    and its curve as of ``optimise``. Raises UserError if a segment is longer than an episode.
+    ``low`` and ``high`` bound its actions (infinite: a plain Gaussian); ``preferences`` are episode
+    indices {"preferred": [...], "dispreferred": [...]}. Returns the aligned copy, and its curve as
+    of ``optimise``, also for ``path``. Raises UserError if a segment is longer than an episode.
     """
     args = args or parse_args([])
     reference, policy = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     low, high, device = policy.low, policy.high, policy.low.device
-    episodes = torch.cat([torch.as_tensor(part) for part in preferences[:2]])
+    preferred, dispreferred = (torch.as_tensor(preferences[label]) for label in LABELS)
+    episodes = torch.cat([preferred, dispreferred])
     lengths = (dataset.ends - dataset.starts)[episodes]
     sentence = f"--segment {args.segment}: the shortest labelled episode has {lengths.min()} steps."
     require(args.segment <= lengths.min(), sentence)
 
     # The labelled states, and the reference in them, are the same in every update.
-    observations, actions = (x[dataset.rows(episodes)].to(device) for x in dataset[:2])
+    rows, border = dataset.rows(episodes), len(dataset.rows(preferred))  # the preferred come first
+    observations, actions = (x[rows].to(device) for x in dataset[:2])
     known_mean, known_std = reference(observations)
-    count = len(preferences.preferred)
-    border = lengths[:count].sum().item()  # preferred rows come first
-    left = torch.cat([torch.arange(n, 0, -1) for n in lengths])  # steps left in the episode
-    starts = (left >= args.segment).nonzero()[:, 0].to(device)
+    whole = rows + args.segment <= dataset.ends[episodes].repeat_interleave(lengths)
+    starts = whole.nonzero()[:, 0].to(device)  # rows where a whole segment starts
     starts = starts[starts < border], starts[starts >= border]
 
     # Among the safe, imitate the rewarding: a preferred episode counts by its return.
-    returns = dataset.sums(dataset.rewards)[preferences.preferred]
-    score = torch.from_numpy((returns - returns.max()) / (returns.std() + 1e-8))
-    w = (args.return_weight * score).exp().float().repeat_interleave(lengths[:count])
-    w = (w / w.mean()).to(device)
-    size, steps = args.batch_size, torch.arange(args.segment, device=device)
+    returns = torch.from_numpy(dataset.sums(dataset.rewards))[preferred]
+    w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
+    w = (len(w) * w).float().repeat_interleave(lengths[: len(w)]).to(device)
+    size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
 
-    def sample(generator, n):
-        options = dict(generator=generator, device=device)
+    def sample(n, options):
         draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
         shape = (n, args.counterfactuals, 2 * size, len(steps), actions.shape[-1])
         return torch.cat(draws, 1), torch.randn(shape, **options)
@@ -692,14 +685,11 @@ def finetune(policy, dataset, preferences, args=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        kl = functools.partial(gaussian_kl, *distribution, *known)
-        good, bad = zip(h.split(size), c.split(size))
-        return joint_loss(good, bad, kl, w[starts[:size], None], args)
+        pairs = zip(h.sum(1).split(size), c.sum(1).split(size))
+        return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
 
-    generator = torch.Generator(device).manual_seed(args.seed)
     monitor = functools.partial(preference_metrics, policy, reference, dataset, preferences)
-    settings = (args.finetune_updates, args.finetune_lr, generator, "fine-tune")
-    return policy, optimise(policy.parameters(), sample, losses, *settings, monitor)
+    return policy, optimise("finetune", policy, sample, losses, args, path, monitor)
 
 
 @torch.no_grad()
@@ -707,87 +697,86 @@ def preference_metrics(policy, reference, dataset, preferences, states=32):
     """Implicit margins (mean log-ratio per step, nats), preference accuracy and KL, {name: float},
     on training and held-out preferences, from evenly spaced ``states`` of each episode."""
     generator, metrics = torch.Generator().manual_seed(0), {}
-    for name, sets in ("train", preferences[:2]), ("heldout", preferences[2:]):
-        h, c, kl = {}, {}, {}
-        for label, episodes in zip(("good", "bad"), sets):
-            first, last = dataset.starts[episodes], dataset.ends[episodes] - 1
-            index = (first + torch.linspace(0, 1, states)[:, None] * (last - first)).long()
-            observations, actions = (x[index].to(policy.low.device) for x in dataset[:2])
-            noise = torch.randn((1, *actions.shape), generator=generator).to(actions.device)
-            now, before = policy(observations), reference(observations)  # [S, E, A] each
-            ratios = log_ratios(now, before, actions, policy.low, policy.high, noise)
-            h[label], c[label] = (ratio.mean(0) for ratio in ratios)
-            kl[label] = gaussian_kl(*now, *before).mean()
-        margins = {"preferred_counterfactual": h["good"] - c["good"]}
-        margins["counterfactual_dispreferred"] = c["bad"] - h["bad"]
-        margins["preferred_dispreferred"] = h["good"][:, None] - h["bad"]  # all pairs
+
+    def look(episodes):  # -> h and counterfactual h of each episode [E], and the mean KL
+        first, last = dataset.starts[episodes], dataset.ends[episodes] - 1
+        index = (first + torch.linspace(0, 1, states)[:, None] * (last - first)).long()
+        observations, actions = (x[index].to(policy.low.device) for x in dataset[:2])
+        noise = torch.randn((1, *actions.shape), generator=generator).to(actions.device)
+        now, before = policy(observations), reference(observations)  # [S, E, A] each
+        h, c = log_ratios(now, before, actions, policy.low, policy.high, noise)
+        return h.mean(0), c.mean(0), gaussian_kl(now, before).mean().item()
+
+    for name, prefix in ("train", ""), ("heldout", "heldout_"):
+        sets = [preferences.get(prefix + label, []) for label in LABELS]
+        if not min(map(len, sets)):
+            continue
+        (good, good_c, good_kl), (bad, bad_c, bad_kl) = map(look, sets)
+        margins = {"preferred_counterfactual": good - good_c}
+        margins |= {"counterfactual_dispreferred": bad_c - bad}
+        margins |= {"preferred_dispreferred": good[:, None] - bad}  # all pairs
         for pair, margin in margins.items():
             metrics[f"margin/{name}/{pair}"] = margin.mean().item()
             metrics[f"accuracy/{name}/{pair}"] = (margin > 0).float().mean().item()
-        metrics[f"kl/{name}"] = (kl["good"] + kl["bad"]).item() / 2
-    return {key: value for key, value in metrics.items() if not math.isnan(value)}
+        metrics[f"kl/{name}"] = (good_kl + bad_kl) / 2
+    return metrics
 
 
 # ------------------------------------------------------------------------------------- evaluation
-def wilson(successes, trials):
-    """95 % Wilson score interval of a rate: 0 of 20 gives [0, 0.16], not "never"."""
-    z, rate = 1.96, successes / trials
-    centre = rate + z * z / (2 * trials)
-    half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    return [min(max(x / (1 + z * z / trials), 0.0), 1.0) for x in (centre - half, centre + half)]
+def evaluate(policies, env, args, folder=None):
+    """What metrics.json says of each policy, {name: {...}}, from episodes kept in ``folder``."""
+    from scipy import stats
 
-
-def bootstrap(values, resamples=10_000):
-    """95 % percentile bootstrap interval of the mean of values [E]."""
-    index = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    return np.percentile(values[index].mean(1), [2.5, 97.5]).tolist()
-
-
-def evaluate(policies, env, args):
-    """What metrics.json says of each policy, {name: {...}}; all start from the same states."""
     seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(args.eval_episodes)]
     actors = [functools.partial(policy_actor, p, args.eval_sample) for p in policies.values()]
     jobs = [(actor, seed) for actor in actors for seed in seeds]
-    runs = run_episodes(args.env, jobs, args.workers, "evaluate")
+    runs, results = run_episodes(args.env, jobs, args.workers, "evaluate", folder), {}
     env.unwrapped.set_target_cost(args.cost_limit)
-    results = {}
     for name in policies:
         part, runs = runs[: len(seeds)], runs[len(seeds) :]
-        returns = np.array([run["rewards"].sum(dtype=np.float64) for run in part])
-        costs = np.array([run["costs"].sum(dtype=np.float64) for run in part])
-        failures = np.array([run["terminated"] for run in part])
+        returns, costs, ended = np.array([[r[k].sum(dtype=float) for r in part] for k in KEYS[2:5]])
         score, cost = env.unwrapped.get_normalized_score(returns.mean(), costs.mean())
         results[name] = {"normalized_return": score, "normalized_cost": cost}
         for key, values in ("return", returns), ("cost", costs):
-            results[name] |= {f"{key}_mean": values.mean(), f"{key}_ci95": bootstrap(values)}
-        for key, events in ("violation_rate", costs > args.cost_limit), ("failure_rate", failures):
-            results[name] |= {key: events.mean(), f"{key}_ci95": wilson(events.sum(), len(events))}
+            sample = (values if len(values) > 1 else values.repeat(2),)  # it takes two or more
+            boot = stats.bootstrap(sample, np.mean, method="percentile", random_state=0)
+            results[name] |= {f"{key}_mean": values.mean()}
+            results[name] |= {f"{key}_ci95": [*boot.confidence_interval]}
+        for key, events in ("violation_rate", costs > args.cost_limit), ("failure_rate", ended):
+            test = stats.binomtest(int(events.sum()), len(events)).proportion_ci(method="wilson")
+            results[name] |= {key: events.mean(), f"{key}_ci95": [*test]}  # 0 of 20 is not "never"
         results[name] |= {"cost_max": costs.max(), "episodes": len(part)}
     return results
 
 
 def print_table(metrics):
     """The result for people: before and after fine-tuning, side by side."""
-    parts = metrics["pretrained"], metrics["finetuned"]
-    head = (metrics[key] for key in ("env", "dataset", "method", "seed", "cost_limit"))
-    print("\n{}, {} data, {}, seed {}, cost limit {:g}".format(*head))
-    print(f"{'':20}{'pre-trained':>12}{'95 % interval':>18}{'fine-tuned':>14}{'95 % interval':>18}")
-    for key in [key for key in parts[0] if not key.endswith("ci95")]:
-        cells = [f"{part[key]:.4g}" for part in parts]
-        ranges = [part.get(f"{key.removesuffix('_mean')}_ci95") for part in parts]
-        ranges = ["[{:.4g}, {:.4g}]".format(*x) if x else "" for x in ranges]
-        print(f"{key:20}{cells[0]:>12}{ranges[0]:>18}{cells[1]:>14}{ranges[1]:>18}")
+
+    def cell(part, key):
+        interval = part.get(f"{key.removesuffix('_mean')}_ci95")
+        return f"{part[key]:.4g}" + (" [{:.4g}, {:.4g}]".format(*interval) if interval else "")
+
+    print("\n{}, {} data, {}, seed {}, cost limit {:g}".format(*(metrics[k] for k in TITLE)))
+    print(f"{'[95 % interval]':20}{'pre-trained':>26}{'fine-tuned':>26}")
+    for key in [key for key in metrics["finetuned"] if not key.endswith("ci95")]:
+        before, after = (cell(metrics[name], key) for name in ("pretrained", "finetuned"))
+        print(f"{key:20}{before:>26}{after:>26}")
 
 
 # ------------------------------------------------------------------------------------------- main
 def write(path, save):
     """Write a file whole or not at all: ``save(open file)`` to another name, sync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # never two writers of one file
-    with open(part, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    save(content := io.BytesIO())
+    try:
+        with open(part, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, *contents, indent=None):
@@ -795,45 +784,58 @@ def write_json(path, *contents, indent=None):
     write(path, lambda file: file.write("".join(lines).encode()))
 
 
-def open_run(args):
-    """The run folder; one that holds results of other flags is refused."""
+@contextlib.contextmanager
+def lock(path, sentence=None):
+    """Hold the lock file ``path``: wait for its present holder, or UserError(sentence)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(not sentence, sentence)
+            print(f"waiting for the process that holds {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run_in_folder(args):
+    """run() in a locked run folder; one in use, or with results of other flags, is refused."""
+    args.env = resolve_env(args.env)
+    if args.cost_limit is None:
+        args.cost_limit = 20.0 if "Gymnasium" in args.env else 10.0  # DSRL's tightest
     flags = {k: v for k, v in vars(args).items() if k not in ("run_dir", "workers", "no_resume")}
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
-    config = folder / "config.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.no_resume:
-        config.unlink(missing_ok=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
-    found = json.loads(config.read_text()) if config.exists() else flags
-    other = ", ".join("--" + k.replace("_", "-") for k in flags if found.get(k) != flags[k])
-    ways = "choose another folder, or replace it with --no-resume"
-    require(not other, f"--run-dir {folder}: holds a run with another {other}; {ways}.")
-    write_json(config, flags, indent=2)
-    return folder
+    config, results = folder / "config.json", folder / "metrics.json"
+    with lock(folder / ".lock", f"--run-dir {folder}: another process is at work in it."):
+        if args.no_resume:
+            for path in config, results, *(folder / "resume").glob("*"):
+                path.unlink(missing_ok=True)
+        found = json.loads(config.read_text()) if config.exists() else flags
+        other = ", ".join("--" + k.replace("_", "-") for k in flags if found.get(k) != flags[k])
+        require(not other, f"--run-dir {folder}: has another {other}; --no-resume replaces it.")
+        if results.exists():
+            print(f"{folder} is complete; --no-resume would run it again.")
+        else:
+            run(args, folder, flags)
+        print_table(json.loads(results.read_text()))
+        print(f"results in {folder}")
 
 
-def run(args):
+def run(args, folder, flags):
     """The method as a whole: data, pre-training, preferences, fine-tuning, evaluation."""
-    torch.set_num_threads(args.threads)
     usable = args.device == "cpu" or torch.cuda.is_available() and args.device.startswith("cuda")
     require(usable, f"--device {args.device}: not usable on this machine; cpu is.")
-    args.env = resolve_env(args.env)
-    env = import_simulators().make(args.env)
-    if args.cost_limit is None:
-        args.cost_limit = 20.0 if "Gymnasium" in args.env else 10.0  # DSRL's tightest
-    folder, seconds, start = open_run(args), {}, time.monotonic()
-    if (folder / "metrics.json").exists():
-        print(f"{folder} is complete; --no-resume would run it again.")
-        return print_table(json.loads((folder / "metrics.json").read_text()))
+    torch.set_num_threads(args.threads)
+    env, seconds, start = import_simulators().make(args.env), {}, time.monotonic()
+    resume = folder / "resume"  # an interrupted run goes on from what lies there
 
     def done(stage, name=None, policy=None, curve=()):
-        nonlocal start
-        seconds[stage], start = time.monotonic() - start, time.monotonic()
+        seconds[stage] = time.monotonic() - start - sum(seconds.values())
         if policy:
             content = {"format": 1, "env": args.env, "state": policy.state_dict()}
             write_json(folder / f"{stage}.jsonl", *curve)
-            write(folder / name, lambda file: torch.save(content, file))
+            write(folder / name, functools.partial(torch.save, content))
 
     dataset = load_dataset(find_dataset(args, env), env, with_costs=not args.preferences)
     if args.preferences:
@@ -841,36 +843,37 @@ def run(args):
     else:
         costs, counts = dataset.sums(dataset.costs), (args.preferred, args.dispreferred)
         preferences = draw_preferences(costs, args.cost_limit, *counts, args.seed)
-    returns = dataset.sums(dataset.rewards)
-    data = {"episodes": len(returns), "return_mean": returns.mean(), "return_max": returns.max()}
-    data |= {name: len(episodes) for name, episodes in preferences._asdict().items()}
+    data = {"episodes": len(dataset.ends)} | {k: len(e) for k, e in preferences.items()}
     dataset = dataset._replace(costs=None)  # from here on nothing can read a cost
+    write_json(folder / "config.json", flags, indent=2)
     done("load")
 
     if args.policy:
-        policy, curve = load_policy(args.policy, args.env), []
+        policy, curve = load_policy(args.policy, args.env).to(args.device), []
     else:
-        policy, curve = pretrain(dataset, env.action_space.low, env.action_space.high, args)
-    done("pretrain", "pretrained.pt", policy.to(args.device), curve)
-    aligned, curve = finetune(policy, dataset, preferences, args)
+        policy, curve = pretrain(dataset, env.action_space, args, resume / "pretrain.pt")
+    done("pretrain", "pretrained.pt", policy, curve)
+    aligned, curve = finetune(policy, dataset, preferences, args, resume / "finetune.pt")
     done("finetune", "finetuned.pt", aligned, curve)
-
-    results = evaluate({"pretrained": policy.cpu(), "finetuned": aligned.cpu()}, env, args)
+    policies = {"pretrained": policy.cpu(), "finetuned": aligned.cpu()}
+    metrics = {key: getattr(args, key) for key in TITLE}
+    metrics |= evaluate(policies, env, args, resume) | {"data": data, "seconds": seconds}
     done("evaluate")
-    metrics = {"env": args.env, "dataset": args.dataset, "method": args.method, "seed": args.seed}
-    metrics |= {"cost_limit": args.cost_limit, **results, "data": data, "seconds": seconds}
     write_json(folder / "metrics.json", metrics, indent=2)
-    print_table(metrics)
-    print(f"results in {folder}")
+    shutil.rmtree(resume)
 
 
 def main(argv=None):
     try:
-        run(parse_args(argv))
+        run_in_folder(parse_args(argv))
         return 0
     except (UserError, OSError) as error:
-        print(f"prefine.py: {error}", file=sys.stderr)
+        hint = "; is the path right, and the disk not full?" * isinstance(error, OSError)
+        print(f"prefine.py: {error}{hint}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prefine.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

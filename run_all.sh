@@ -189,6 +189,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 FIELDS = ["normalized_return", "normalized_cost"]  # with intervals and tests
 MEANS = ["return_mean", "cost_mean", "violation_rate", "failure_rate"]
@@ -196,18 +197,20 @@ MEANS = ["return_mean", "cost_mean", "violation_rate", "failure_rate"]
 
 def interval(values):
     """95 % bootstrap interval of the mean over seeds; one seed has none."""
-    picks = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    return np.percentile(values[picks].mean(1), [2.5, 97.5]) if len(values) > 1 else [np.nan] * 2
+    if len(values) < 2:
+        return np.nan, np.nan
+    test = stats.bootstrap((values,), np.mean, method="percentile", random_state=0)
+    return test.confidence_interval
 
 
 def paired_test(differences):
     """Mean, and exact two-sided permutation p: each sign could as well have been the other."""
     if not len(differences):
         return np.nan, np.nan
-    means = np.zeros(1)
-    for share in differences / len(differences):
-        means = np.concatenate([means + share, means - share])
-    return differences.mean(), np.mean(np.abs(means) >= abs(differences.mean()) - 1e-12)
+    if len(differences) == 1:
+        return differences[0], 1.0
+    test = stats.permutation_test((differences,), np.mean, permutation_type="samples")
+    return test.statistic, test.pvalue
 
 
 folder = Path(sys.argv[1])
@@ -295,13 +298,13 @@ chosen = prefine.draw_preferences(
 figure, (plane, paths) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
 costs, returns = data.sums(data.costs), data.sums(data.rewards)
 plane.scatter(costs, returns, s=8, c="0.75", label="data set")
-plane.scatter(*(x[chosen.dispreferred] for x in (costs, returns)), s=14, c="#D55E00", marker="x",
+plane.scatter(*(x[chosen["dispreferred"]] for x in (costs, returns)), s=14, c="#D55E00", marker="x",
               label="dispreferred")
-plane.scatter(*(x[chosen.preferred] for x in (costs, returns)), s=14, c="#0072B2", label="preferred")
+plane.scatter(*(x[chosen["preferred"]] for x in (costs, returns)), s=14, c="#0072B2", label="preferred")
 for name, title, colour in (("pretrained", "before", "#D55E00"), ("finetuned", "after", "#0072B2")):
     actor = functools.partial(prefine.policy_actor, prefine.load_policy(run / f"{name}.pt"), False)
     for i in range(4):
-        episode = prefine.run_episode(args.env, (actor, 10**6 + i))
+        episode = prefine.run_episode(args.env, actor, 10**6 + i)
         x, y = 10 * episode["observations"][:, 0], 10 * episode["observations"][:, 1]
         paths.plot(x, y, c=colour, lw=1, label=f"{title} fine-tuning" if i == 0 else None)
         plane.scatter(episode["costs"].sum(), episode["rewards"].sum(), s=70, c=colour, marker="*",
