@@ -58,7 +58,6 @@ from torch.distributions import Normal, kl_divergence
 
 KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
 LABELS = ("preferred", "dispreferred")
-TITLE = ("env", "dataset", "method", "seed", "cost_limit")
 CHUNK = 100  # updates between two looks at the losses: each look waits for the device
 
 
@@ -71,10 +70,12 @@ def require(condition, sentence):
         raise UserError(sentence)
 
 
-def progress(*args, **options):
-    from tqdm import tqdm
-
-    return tqdm(*args, **options, disable=not sys.stderr.isatty())  # bars are for people
+def progress(items, *args, **options):
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items  # to copy finetune() takes torch and numpy, and no bar
+    return tqdm(items, *args, **options, disable=not sys.stderr.isatty())
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -639,8 +640,7 @@ def joint_loss(preferred, dispreferred, kl, return_weight, args):
         "imitation": lambda: -return_weight * good,
         "kl": kl,
     }
-    used = {name: getattr(args, name) for name in terms if getattr(args, name)}
-    return {name: weight * terms[name]().mean() for name, weight in used.items()}
+    return {name: w * terms[name]().mean() for name in terms if (w := getattr(args, name))}
 
 
 # ------------------------------------------------------------------------------------ fine-tuning
@@ -756,7 +756,7 @@ def print_table(metrics):
         interval = part.get(f"{key.removesuffix('_mean')}_ci95")
         return f"{part[key]:.4g}" + (" [{:.4g}, {:.4g}]".format(*interval) if interval else "")
 
-    print("\n{}, {} data, {}, seed {}, cost limit {:g}".format(*(metrics[k] for k in TITLE)))
+    print("\n{env}, {dataset}, {method}, seed {seed}, cost limit {cost_limit:g}".format(**metrics))
     print(f"{'[95 % interval]':20}{'pre-trained':>26}{'fine-tuned':>26}")
     for key in [key for key in metrics["finetuned"] if not key.endswith("ci95")]:
         before, after = (cell(metrics[name], key) for name in ("pretrained", "finetuned"))
@@ -856,7 +856,7 @@ def run(args, folder, flags):
     aligned, curve = finetune(policy, dataset, preferences, args, resume / "finetune.pt")
     done("finetune", "finetuned.pt", aligned, curve)
     policies = {"pretrained": policy.cpu(), "finetuned": aligned.cpu()}
-    metrics = {key: getattr(args, key) for key in TITLE}
+    metrics = {key: flags[key] for key in ("env", "dataset", "method", "seed", "cost_limit")}
     metrics |= evaluate(policies, env, args, resume) | {"data": data, "seconds": seconds}
     done("evaluate")
     write_json(folder / "metrics.json", metrics, indent=2)

@@ -6,23 +6,28 @@
 #   bash run_all.sh test [FLAG ...]    the tests; flags go to pytest
 #   bash run_all.sh bench [FLAG]       the speed figures; --quick, or --osrl: beside OSRL
 #   bash run_all.sh [-j N]             every experiment of the README's tables, N at a time
+#   bash run_all.sh --slurm [FLAG ...] the same as one Slurm job array; flags go to sbatch
 #   bash run_all.sh summary [FOLDER]   those tables, from FOLDER/*/metrics.json (default: runs)
 #   bash run_all.sh picture RUN PNG    the README's picture, of a run folder of BallCircle
 #
-# Every verb sets up on first use. What is done already is not done again.
+# Every verb sets up on first use. What is done already is not done again. TASKS="OfflineBallRun"
+# SEEDS="0 1" METHODS="prefine dpo" before a command choose some of the experiments.
 
 set -euo pipefail
-CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+folder=$(dirname -- "${BASH_SOURCE[0]}")
+if [ -e "$folder/prefine.py" ]; then # Slurm runs a copy of this file, in the folder of submission
+  CDPATH='' cd -- "$folder"
+fi
 
-TASKS=(OfflineBallCircle OfflineBallRun OfflineCarButton1 OfflinePointGoal1)
-METHODS=(prefine bc-safe dpo no-preferred no-dispreferred no-imitation no-return-weight) # prefine comes first
-SEEDS=(0 1 2 3 4)
+read -ra TASKS <<<"${TASKS:-OfflineBallCircle OfflineBallRun OfflineHalfCheetahVelocity OfflineCarButton1 OfflinePointGoal1}"
+read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo no-preferred no-dispreferred no-imitation no-return-weight}"
+read -ra SEEDS <<<"${SEEDS:-0 1 2 3 4}"
 export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 
 say() { echo "run_all.sh: $*" >&2; }
 fail() { say "$*" && exit 2; }
 unknown() {
-  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, picture, and -j N with no verb."
+  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, picture, and -j N or --slurm with no verb."
 }
 
 # ------------------------------------------------------------------------------------------- setup
@@ -122,62 +127,89 @@ setup() {
 
 # ------------------------------------------------------------------------------------- experiments
 
-# One experiment: TASK METHOD SEED. It never fails, so that xargs goes on with the others.
+# One experiment: TASK METHOD SEED.
 experiment() {
-  local name="$1__$2__$3" flags=(--env "$1" --method "$2" --seed "$3" --dataset scripted)
-  [ ! -e "runs/$name/metrics.json" ] || return 0
-  if [ "$1" = OfflineHalfCheetahVelocity ]; then flags+=(--dataset "$HALFCHEETAH"); fi
-  # All methods of a task and seed start from the same policy, which prefine's run has trained.
-  if [ "$2" != prefine ]; then flags+=(--policy "runs/$1__prefine__$3/pretrained.pt"); fi
+  local name="$1__$2__$3" dataset=scripted
+  if [ "$1" = OfflineHalfCheetahVelocity ]; then dataset=$HALFCHEETAH; fi
   echo "$name"
-  OMP_NUM_THREADS=1 .venv/bin/python prefine.py "${flags[@]}" --workers "$WORKERS" \
-    --run-dir "runs/$name" >"runs/logs/$name.log" 2>&1 || echo "$name failed"
+  OMP_NUM_THREADS=1 .venv/bin/python prefine.py --env "$1" --method "$2" --seed "$3" \
+    --dataset "$dataset" --workers "$WORKERS" --run-dir "runs/$name" >"runs/logs/$name.log" 2>&1
 }
 
-# Prints TASK METHOD SEED for each experiment with the METHODs given.
-list() {
+# Prints TASK METHOD SEED for each experiment that has no result yet.
+missing() {
   local task seed method
-  for task in "${TASKS[@]}"; do
-    for seed in "${SEEDS[@]}"; do
-      for method in "$@"; do echo "$task $method $seed"; done
+  for seed in "${SEEDS[@]}"; do
+    for task in "${TASKS[@]}"; do
+      for method in "${METHODS[@]}"; do
+        [ -e "runs/${task}__${method}__$seed/metrics.json" ] || echo "$task $method $seed"
+      done
     done
   done
 }
 
 experiments() {
-  local jobs=1 stage failed
-  while [ $# -gt 0 ]; do
-    case $1 in
-      -j) jobs=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
-      -j*) jobs=${1#-j} && shift ;;
-      --slurm) fail "--slurm is not there yet; -j N runs N experiments at a time, here." ;;
-      *) unknown "$1" ;;
-    esac
-  done
-  [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number of processes, as in -j 4; found '$jobs'."
+  local jobs=1 failed
+  if [ "${1:-}" != --slurm ]; then
+    while [ $# -gt 0 ]; do
+      case $1 in
+        -j) jobs=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
+        -j*) jobs=${1#-j} && shift ;;
+        *) unknown "$1" ;;
+      esac
+    done
+    [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number of processes, as in -j 4; found '$jobs'."
+  fi
   setup
-  if [ -e "$HALFCHEETAH" ]; then
-    TASKS+=(OfflineHalfCheetahVelocity)
-  else
+  if [[ ! -e $HALFCHEETAH && " ${TASKS[*]} " = *" OfflineHalfCheetahVelocity "* ]]; then
     say "OfflineHalfCheetahVelocity is skipped: no file $HALFCHEETAH (HALFCHEETAH=FILE names one)"
+    TASKS=("${TASKS[@]/OfflineHalfCheetahVelocity/}")
+    read -ra TASKS <<<"${TASKS[*]}"
   fi
   mkdir -p runs/logs
+  if [ "${1:-}" = --slurm ]; then
+    submit "${@:2}"
+    return
+  fi
   export WORKERS=$((($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs)) # -j N share the processors
   export -f experiment
-  for stage in prefine "${METHODS[*]:1}"; do # the second stage needs the policies of the first
-    # shellcheck disable=SC2016,SC2086  # the inner bash expands $@, and the stage is a list
-    list $stage | xargs -r -P "$jobs" -n 3 bash -c 'experiment "$@"' experiment
-  done
-  failed=$(list "${METHODS[@]}" | while read -r task method seed; do
-    [ -e "runs/${task}__${method}__$seed/metrics.json" ] ||
-      echo "  runs/logs/${task}__${method}__$seed.log"
-  done)
+  # shellcheck disable=SC2016  # the inner bash expands $@; one that fails does not stop the others
+  missing | xargs -r -P "$jobs" -n 3 bash -c 'experiment "$@" || echo "$* failed"' experiment
+  failed=$(missing | sed -E 's|(.*) (.*) (.*)|  runs/logs/\1__\2__\3.log|')
   if [ -n "$failed" ]; then
     say "these experiments failed; the same command tries them again. Their logs:"
     echo "$failed" >&2
     exit 1
   fi
   summary runs
+}
+
+# One job array, a task per experiment that has no result yet, and a job after it for the summary.
+submit() {
+  local tasks array
+  command -v sbatch >/dev/null || fail "--slurm needs sbatch in PATH; -j N runs here, without it."
+  tasks=$(mktemp runs/logs/tasks.XXXXXX)
+  missing >"$tasks"
+  if [ ! -s "$tasks" ]; then
+    rm "$tasks"
+    say "every experiment has its result; bash run_all.sh summary prints the tables."
+    return
+  fi
+  array=$(sbatch --parsable --job-name=prefine --array="1-$(wc -l <"$tasks")" --cpus-per-task=2 \
+    --output=runs/logs/slurm-%A_%a.log "$@" run_all.sh task "$tasks") ||
+    fail "sbatch refused the job array, see above; flags after --slurm go to sbatch."
+  sbatch --parsable --job-name=prefine-summary --dependency="afterany:$array" \
+    --output=runs/summary.md "$@" run_all.sh summary >/dev/null ||
+    fail "sbatch refused the summary, see above; the array $array has been submitted."
+  say "job array $array has $(wc -l <"$tasks") tasks; logs in runs/logs, tables in runs/summary.md." \
+    "When it has ended, the same command submits again what is missing."
+}
+
+# What a task of the array does: the experiment of its line in the file.
+task() {
+  local experiment
+  read -ra experiment < <(sed -n "${SLURM_ARRAY_TASK_ID:?set by Slurm}p" "$1")
+  WORKERS=${SLURM_CPUS_PER_TASK:-2} experiment "${experiment[@]}"
 }
 
 summary() {
@@ -344,6 +376,7 @@ case ${1:-} in
     exec .venv/bin/python test_prefine.py bench "${@:2}"
     ;;
   summary) setup; summary "${2:-runs}" ;;
+  task) task "$2" ;; # for --slurm
   picture)
     [ $# -eq 3 ] || fail "picture takes a run folder of BallCircle and the name of a PNG file."
     setup; picture "$2" "$3"
