@@ -390,7 +390,7 @@ def lidar_controller(env, seed):
     rng, spaces = np.random.default_rng(seed), env.unwrapped.obs_space_dict.spaces
     car = "ballquat_rear" in spaces
     caution, speed = rng.uniform(0, 6), rng.uniform(0.2, 1)
-    reach, noise = rng.uniform(0.1, 0.4), rng.uniform(0.3, 0.9)
+    reach, noise = rng.uniform(0.1, 0.4), rng.uniform(0.5, 1.5)
     ends = np.cumsum([np.prod(space.shape, dtype=int) for space in spaces.values()])
     angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
@@ -408,11 +408,10 @@ def lidar_controller(env, seed):
             score = score - (caution + button) * blocks @ near
         heading = np.exp(8 * (score - score.max())) @ bins
         drive, turn = heading / (np.linalg.norm(heading) + 1e-6)
+        turn *= 2 * np.tanh(5 * drive + 0.3)  # backwards it goes as well: turn the nearer end
         if car:  # its wheels obey little more than the sign of an action
-            drive, turn = speed * drive, np.clip(6 * turn, -1, 1)
+            drive, turn = speed * drive, np.clip(3 * turn, -1, 1)
             return np.array([drive + turn, drive - turn]) + rng.normal(0, noise, 2)
-        # The point drives as well backwards: its nearer end turns to the heading.
-        turn *= 2 * np.tanh(5 * drive + 0.3)
         return np.array([speed * drive, turn]) + rng.normal(0, noise, 2)
 
     return act
