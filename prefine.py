@@ -316,12 +316,13 @@ def find_dataset(args, env):
         return Path(args.dataset)
     url, known = env.unwrapped.dataset_url, ", ".join(CONTROLLERS)
     path = Path(dsrl.offline_env.DATASET_PATH) / Path(url).name
-    mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
-    make = functools.partial(download, [url, mirror], check=lambda file: load_dataset(file, env))
     if args.dataset == "scripted":
         require(args.env in CONTROLLERS, f"--dataset scripted: {args.env} has none; {known} have.")
         path = path.with_name(f"{args.env}-scripted-{args.scripted_episodes}.hdf5")
         make = functools.partial(collect, args.env, args.scripted_episodes, args.workers)
+    else:
+        urls = [url, f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"]
+        make = functools.partial(download, urls, check=lambda file: load_dataset(file, env))
     with lock(path.with_suffix(".lock")):  # of two processes, one makes the file
         if not path.exists():
             make(path)

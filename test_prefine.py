@@ -1669,6 +1669,16 @@ def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run
     assert metrics(here / "runs" / "one") == metrics(ball_run[0])
     assert "OfflineBallCircle (scripted, limit 10) | prefine | 1" in done.stdout
     assert (here / "runs" / "summary.csv").exists()
+    # Without a verb: what has its result is not run again, and what fails is named.
+    (here / "runs" / "one").rename(here / "runs" / "OfflineBallCircle__prefine__1")
+    for task, code in ("OfflineBallCircle", 0), ("OfflineNothing", 1):
+        variables = os.environ | dict(TASKS=task, METHODS="prefine", SEEDS="1")
+        command = ["bash", "-c", line + "-j 2"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=variables)
+        assert done.returncode == code, done.stderr
+        assert ("scripted, limit 10) | prefine | 1" in done.stdout) == (code == 0)
+        assert ("runs/logs/OfflineNothing__prefine__1.log" in done.stderr) == (code == 1)
+    assert "no such DSRL task" in (here / "runs/logs/OfflineNothing__prefine__1.log").read_text()
 
 
 def test_an_unknown_verb_of_run_all_gets_one_sentence():
