@@ -326,6 +326,7 @@ def find_dataset(args, env):
     with lock(path.with_suffix(".lock")):  # of two processes, one makes the file
         if not path.exists():
             make(path)
+        shutil.rmtree(path.with_suffix(".episodes"), ignore_errors=True)  # parts of what is whole
     return path
 
 
@@ -353,7 +354,7 @@ def collect(env_id, episodes, workers, path):
 
     print(f"collecting {episodes} scripted episodes, once, into {path}")
     jobs = [(CONTROLLERS[env_id], seed) for seed in range(episodes)]
-    runs = run_episodes(env_id, jobs, workers, "collect", kept := path.with_suffix(".episodes"))
+    runs = run_episodes(env_id, jobs, workers, "collect", path.with_suffix(".episodes"))
 
     def save(file):
         with h5py.File(file, "w") as target:
@@ -363,7 +364,6 @@ def collect(env_id, episodes, workers, path):
             target.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
 
     write(path, save)
-    shutil.rmtree(kept)
 
 
 def ball_controller(env, seed):
@@ -818,6 +818,7 @@ def run_in_folder(args):
             print(f"{folder} is complete; --no-resume would run it again.")
         else:
             run(args, folder, flags)
+        shutil.rmtree(folder / "resume", ignore_errors=True)  # an interruption may have left it
         print_table(json.loads(results.read_text()))
         print(f"results in {folder}")
 
@@ -860,7 +861,6 @@ def run(args, folder, flags):
     metrics |= evaluate(policies, env, args, resume) | {"data": data, "seconds": seconds}
     done("evaluate")
     write_json(folder / "metrics.json", metrics, indent=2)
-    shutil.rmtree(resume)
 
 
 def main(argv=None):
