@@ -148,27 +148,28 @@ missing() {
   done
 }
 
+check_jobs() {
+  [[ $1 =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number of processes, as in -j 4; found '$1'."
+}
+
 experiments() {
   local jobs=1 failed
-  if [ "${1:-}" != --slurm ]; then
-    while [ $# -gt 0 ]; do
-      case $1 in
-        -j) jobs=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
-        -j*) jobs=${1#-j} && shift ;;
-        *) unknown "$1" ;;
-      esac
-    done
-    [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number of processes, as in -j 4; found '$jobs'."
-  fi
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --slurm) jobs=0 && shift && break ;; # what follows is for sbatch
+      -j) jobs=${2:-} && shift $(($# > 1 ? 2 : 1)) && check_jobs "$jobs" ;;
+      -j*) jobs=${1#-j} && shift && check_jobs "$jobs" ;;
+      *) unknown "$1" ;;
+    esac
+  done
   setup
   if [[ ! -e $HALFCHEETAH && " ${TASKS[*]} " = *" OfflineHalfCheetahVelocity "* ]]; then
     say "OfflineHalfCheetahVelocity is skipped: no file $HALFCHEETAH (HALFCHEETAH=FILE names one)"
-    TASKS=("${TASKS[@]/OfflineHalfCheetahVelocity/}")
-    read -ra TASKS <<<"${TASKS[*]}"
+    read -ra TASKS <<<"${TASKS[*]/OfflineHalfCheetahVelocity/}"
   fi
   mkdir -p runs/logs
-  if [ "${1:-}" = --slurm ]; then
-    submit "${@:2}"
+  if [ "$jobs" = 0 ]; then
+    submit "$@"
     return
   fi
   export WORKERS=$((($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs)) # -j N share the processors

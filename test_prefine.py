@@ -1379,8 +1379,8 @@ def test_20_interruptions_at_random_moments_change_no_number(ball_run, tmp_path)
         for name in "pretrained.pt", "finetuned.pt":
             assert same(*(prefine.load_policy(x / name) for x in (folder, ball_run[0])))
         assert not (folder / "resume").exists() and not list(data.glob("*.episodes"))
-    print("stages hit:", hit)
-    assert 0 in hit and len(hit) > 12  # some come after the end, where that is near
+    # While collecting, while evaluating, and in between; a few may come just after the end.
+    assert {0, 3} < set(hit) and len(hit) > 12
 
 
 def test_a_collection_goes_on_with_the_episodes_that_it_has(tmp_path):
