@@ -41,6 +41,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -49,6 +50,7 @@ import threading
 import time
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +86,7 @@ METHODS = {  # corners of one flag space: same network, data, updates and evalua
     "prefine": {},
     "bc-safe": NO_CONTRAST | dict(imitation=1.0, return_weight=0.0),
     "dpo": NO_CONTRAST | dict(contrast_pair=1.0, imitation=0.0),
+    "cpl": NO_CONTRAST | dict(contrast_pair=1.0, imitation=0.0, segment=64, bias=0.5),
     "no-preferred": dict(contrast_preferred=0.0),
     "no-dispreferred": dict(contrast_dispreferred=0.0),
     "no-imitation": dict(imitation=0.0),
@@ -140,6 +143,9 @@ def parse_args(argv=None):
     add("--finetune-lr", 3e-4, rate, "Adam's learning rate, with a cosine decay to 0")
     add("--segment", 1, count, "consecutive steps whose sum of log-ratios is contrasted")
     add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
+    add("--bias", 1.0, weight, "of the loser in preferred > dispreferred; below 1 as in CPL")
+    add("--discount", 1.0, rate, "of each further step of a segment")
+    add("--smoothing", 0.0, weight, "share of labels that the DPO loss takes to be wrong")
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
@@ -174,8 +180,16 @@ def import_simulators():
         import dsrl.offline_bullet_safety_gym
         import dsrl.offline_safety_gymnasium.gym_envs
         import gymnasium
+        import mujoco
+        from safety_gymnasium import world
     finally:
         dataclasses.dataclass = plain_dataclass
+    # Every reset reads pictures of sky and floor, for seconds; what is simulated has none of them.
+    textures = re.compile(r'<texture.*?</texture>| texture=".*?"', re.DOTALL)
+    model = SimpleNamespace(from_xml_string=lambda xml: load_model(textures.sub("", xml)))
+    load_model = mujoco.MjModel.from_xml_string
+    names = {name: getattr(mujoco, name) for name in ("MjData", "mj_forward")}
+    world.mujoco = SimpleNamespace(MjModel=model, **names)
     gymnasium.logger.set_level(gymnasium.logger.ERROR)
     return gymnasium
 
@@ -599,13 +613,15 @@ def read_preferences(path, episodes):
 
 
 # ------------------------------------------------------------- counterfactuals and the joint loss
-def preference_loss(winner, loser, beta):
+def preference_loss(winner, loser, beta, smoothing=0.0):
     """DPO's loss of ``winner > loser`` (Rafailov et al. 2023, eq. 7), element by element.
 
     Winner and loser are log-ratios h = log pi - log pi_ref of one shape. Dividing by ``beta`` keeps
-    the slope where they are equal at 1/2: a small beta only delays saturation.
+    the slope where they are equal at 1/2: a small beta only delays saturation. If a share
+    ``smoothing`` of labels is wrong, it is that share of the opposite loss (cDPO, Mitchell 2023).
     """
-    return -nn.functional.logsigmoid(beta * (winner - loser)) / beta
+    margin = winner - loser  # log sigmoid(-x) = log sigmoid(x) - x
+    return smoothing * margin - nn.functional.logsigmoid(beta * margin) / beta
 
 
 def log_ratios(distribution, reference, actions, low, high, noise, source="current"):
@@ -633,10 +649,11 @@ def joint_loss(preferred, dispreferred, kl, return_weight, args):
     log pi: they differ by a constant. Terms of weight 0 are left out.
     """
     (good, good_c), (bad, bad_c) = preferred, dispreferred
+    contrast = functools.partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
     terms = {
-        "contrast_preferred": lambda: return_weight * preference_loss(good, good_c, args.beta),
-        "contrast_dispreferred": lambda: preference_loss(bad_c, bad, args.beta),
-        "contrast_pair": lambda: preference_loss(good, bad, args.beta),
+        "contrast_preferred": lambda: return_weight * contrast(good, good_c),
+        "contrast_dispreferred": lambda: contrast(bad_c, bad),
+        "contrast_pair": lambda: contrast(good, args.bias * bad),  # bias: CPL, Hejna et al. 2024
         "imitation": lambda: -return_weight * good,
         "kl": kl,
     }
@@ -674,6 +691,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
     w = (len(w) * w).float().repeat_interleave(lengths[: len(w)]).to(device)
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
+    decay = args.discount**steps
 
     def sample(n, options):
         draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
@@ -685,7 +703,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip(h.sum(1).split(size), c.sum(1).split(size))
+        pairs = zip((h @ decay).split(size), (c @ decay).split(size))
         return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
 
     monitor = functools.partial(preference_metrics, policy, reference, dataset, preferences)

@@ -20,7 +20,7 @@ if [ -e "$folder/prefine.py" ]; then # Slurm runs a copy of this file, in the fo
 fi
 
 read -ra TASKS <<<"${TASKS:-OfflineBallCircle OfflineBallRun OfflineHalfCheetahVelocity OfflineCarButton1 OfflinePointGoal1}"
-read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo no-preferred no-dispreferred no-imitation no-return-weight}"
+read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo cpl no-preferred no-dispreferred no-imitation no-return-weight}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2 3 4}"
 export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 
