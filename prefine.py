@@ -50,8 +50,8 @@ import threading
 import time
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ from torch.distributions import Normal, kl_divergence
 
 KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
 LABELS = ("preferred", "dispreferred")
+PAIRS = ("preferred_counterfactual", "counterfactual_dispreferred", "preferred_dispreferred")
 CHUNK = 100  # updates between two looks at the losses: each look waits for the device
 
 
@@ -144,7 +145,6 @@ def parse_args(argv=None):
     add("--segment", 1, count, "consecutive steps whose sum of log-ratios is contrasted")
     add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
     add("--bias", 1.0, weight, "of the loser in preferred > dispreferred; below 1 as in CPL")
-    add("--discount", 1.0, rate, "of each further step of a segment")
     add("--smoothing", 0.0, weight, "share of labels that the DPO loss takes to be wrong")
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
@@ -168,28 +168,23 @@ def import_simulators():
     os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
     plain_dataclass = dataclasses.dataclass
 
-    def dataclass(cls=None, **options):
-        # safety-gymnasium has array defaults in its dataclasses, which Python >= 3.11 refuses.
+    def dataclass(cls=None, **options):  # of safety-gymnasium: 3.11 refuses its array defaults
         for name, value in list(vars(cls or object).items()):
             if isinstance(value, np.ndarray):
                 setattr(cls, name, dataclasses.field(default_factory=value.copy))
         return plain_dataclass(cls, **options) if cls else functools.partial(dataclass, **options)
 
-    dataclasses.dataclass = dataclass
-    try:
+    with mock.patch("dataclasses.dataclass", dataclass):
         import dsrl.offline_bullet_safety_gym
         import dsrl.offline_safety_gymnasium.gym_envs
         import gymnasium
         import mujoco
         from safety_gymnasium import world
-    finally:
-        dataclasses.dataclass = plain_dataclass
-    # Every reset reads pictures of sky and floor, for seconds; what is simulated has none of them.
-    textures = re.compile(r'<texture.*?</texture>| texture=".*?"', re.DOTALL)
-    model = SimpleNamespace(from_xml_string=lambda xml: load_model(textures.sub("", xml)))
-    load_model = mujoco.MjModel.from_xml_string
-    names = {name: getattr(mujoco, name) for name in ("MjData", "mj_forward")}
-    world.mujoco = SimpleNamespace(MjModel=model, **names)
+    # Each reset loads pictures of sky and floor, for seconds; what is simulated has none of them.
+    pictures = re.compile(r'<texture.*?</texture>| texture=".*?"', re.DOTALL)
+    load = mujoco.MjModel.from_xml_string
+    model = argparse.Namespace(from_xml_string=lambda xml: load(pictures.sub("", xml)))
+    world.mujoco = argparse.Namespace(**vars(mujoco) | {"MjModel": model})
     gymnasium.logger.set_level(gymnasium.logger.ERROR)
     return gymnasium
 
@@ -205,10 +200,9 @@ def resolve_env(name):
 
 
 def run_episode(env_id, make_actor, seed, path=None):
-    """One episode in a fresh simulator: DSRL's ``KEYS``, float32 [T, ...].
+    """One episode in a fresh simulator, or the one kept at ``path``: DSRL's KEYS, float32 [T, ...].
 
-    ``make_actor(env, seed)`` gives the function from an observation to an action. The episode is
-    kept at ``path``, and one that was found there is not run again.
+    ``make_actor(env, seed)`` gives the function from an observation to an action.
     """
     if path and path.exists():
         with np.load(path) as file:
@@ -247,8 +241,7 @@ def run_episodes(env_id, jobs, workers, title, folder=None):
             episodes = pool.map(functools.partial(run_episode, env_id), *zip(*jobs), paths)
             return list(progress(episodes, title, len(jobs), unit="episode"))
     except BrokenProcessPool:
-        sentence = "a worker was killed (no memory left?); run it again, with fewer --workers."
-        raise UserError(f"{title}: {sentence}") from None
+        raise UserError(f"{title}: a worker was killed; try again with fewer --workers.") from None
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -311,10 +304,9 @@ def load_dataset(path, env, with_costs=True):
                 finite = value.min() >= -1e9 and value.max() <= 1e9  # false for NaN as well
                 require(finite, f"'{key}' has values that are not finite, or beyond 1e9.")
                 values[key] = value.reshape(len(value), *shape)
-        actions, slack = values["actions"], high - low
-        near = (actions.min(0) >= low - slack).all() and (actions.max(0) <= high + slack).all()
+        actions, values["actions"] = values["actions"], values["actions"].clip(low, high)
+        near = (abs(actions - values["actions"]) <= high - low).all()  # the simulators clip as well
         require(near, f"'actions' lie far outside the action space [{low}, {high}].")
-        np.clip(actions, low, high, out=actions)  # as the simulators do
         require(not with_costs or values["costs"].min() >= 0, "'costs' has negative values.")
         return make_dataset(**values)
     except (OSError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
@@ -441,8 +433,7 @@ CONTROLLERS = dict.fromkeys(BALLS, ball_controller) | dict.fromkeys(LIDARS, lida
 def gaussian_log_prob(mean, std, actions, low, high):
     """Exact log-probability [...] of actions [..., A] of a Gaussian clipped to [low, high].
 
-    Between the bounds it is the normal density, on a bound the probability of all that is clipped
-    to it (a censored normal): data sets hold many actions that lie on a bound.
+    Inside it is the normal density, on a bound, as many actions are, the mass clipped to it.
     """
     z = (actions - mean) / std
     inside = -0.5 * z * z - std.log() - 0.5 * math.log(2 * math.pi)
@@ -513,10 +504,9 @@ def load_policy(path, env_id=None):
 def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
     """Minimise a sum of terms by Adam with a cosine decay of the learning rate.
 
-    ``sample(n, options)`` draws the random numbers of n updates, tensors [n, ...], ``losses(*of
-    one)`` gives {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; after
-    each, all is saved at ``path``, and what is found there goes on, to the same bits. Raises
-    UserError if a loss or a parameter is not finite.
+    ``sample(n, options)`` draws random tensors [n, ...], of n updates, ``losses(*of one)`` gives
+    {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; each time all is
+    saved at ``path``, to go on from, to the same bits. UserError: a loss or weight is not finite.
     """
     updates, lr = getattr(args, f"{stage}_updates"), getattr(args, f"{stage}_lr")
     parameters, rows, device = list(policy.parameters()), [], next(policy.parameters()).device
@@ -580,9 +570,8 @@ def pretrain(dataset, space, args, path=None):
 def draw_preferences(costs, limit, preferred, dispreferred, seed, heldout=20):
     """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``.
 
-    Returns {"preferred": episode indices, "dispreferred": ...}, so many drawn at random from each
-    side, and up to ``heldout`` more in "heldout_preferred" and "heldout_dispreferred", which only
-    measure. Raises UserError where there are fewer.
+    Returns {"preferred": episode indices, "dispreferred": ...}, drawn at random from each side, and
+    up to ``heldout`` more of each to measure, "heldout_...". Raises UserError if there are fewer.
     """
     rng, wanted, drawn = np.random.default_rng(seed), (preferred, dispreferred), {}
     for label, n, chosen in zip(LABELS, wanted, (costs <= limit, costs > limit)):
@@ -616,9 +605,9 @@ def read_preferences(path, episodes):
 def preference_loss(winner, loser, beta, smoothing=0.0):
     """DPO's loss of ``winner > loser`` (Rafailov et al. 2023, eq. 7), element by element.
 
-    Winner and loser are log-ratios h = log pi - log pi_ref of one shape. Dividing by ``beta`` keeps
-    the slope where they are equal at 1/2: a small beta only delays saturation. If a share
-    ``smoothing`` of labels is wrong, it is that share of the opposite loss (cDPO, Mitchell 2023).
+    Winner and loser are log-ratios h = log pi - log pi_ref of one shape. Divided by ``beta``, the
+    slope where they are equal is 1/2: a small beta only delays saturation. ``smoothing`` is the
+    share of the opposite loss, for labels that may be wrong (cDPO, Mitchell 2023).
     """
     margin = winner - loser  # log sigmoid(-x) = log sigmoid(x) - x
     return smoothing * margin - nn.functional.logsigmoid(beta * margin) / beta
@@ -627,10 +616,9 @@ def preference_loss(winner, loser, beta, smoothing=0.0):
 def log_ratios(distribution, reference, actions, low, high, noise, source="current"):
     """Log-ratios h [...] of the actions taken, and mean h [...] of K counterfactuals of them.
 
-    ``distribution`` and ``reference`` are mean and std [..., A] of pi and of pi_ref in the states
-    where ``actions`` [..., A] were taken; counterfactuals are sampled in the same states from one
-    of the two, with standard normal ``noise`` [K, ..., A]. The gradient flows through pi's
-    log-probabilities only: a sample is data, not a function of the policy.
+    ``distribution`` and ``reference`` are mean and std [..., A] of pi and pi_ref where ``actions``
+    [..., A] were taken; counterfactuals are sampled there from one of the two, with standard normal
+    ``noise`` [K, ..., A]. No gradient flows through a sample: it is data.
     """
     mean, std = distribution if source == "current" else reference
     with torch.no_grad():
@@ -691,7 +679,6 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
     w = (len(w) * w).float().repeat_interleave(lengths[: len(w)]).to(device)
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
-    decay = args.discount**steps
 
     def sample(n, options):
         draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
@@ -703,7 +690,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip((h @ decay).split(size), (c @ decay).split(size))
+        pairs = zip(h.sum(1).split(size), c.sum(1).split(size))
         return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
 
     monitor = functools.partial(preference_metrics, policy, reference, dataset, preferences)
@@ -715,28 +702,22 @@ def preference_metrics(policy, reference, dataset, preferences, states=32):
     """Implicit margins (mean log-ratio per step, nats), preference accuracy and KL, {name: float},
     on training and held-out preferences, from evenly spaced ``states`` of each episode."""
     generator, metrics = torch.Generator().manual_seed(0), {}
-
-    def look(episodes):  # -> h and counterfactual h of each episode [E], and the mean KL
-        first, last = dataset.starts[episodes], dataset.ends[episodes] - 1
+    for name, prefix in ("train", ""), ("heldout", "heldout_"):
+        sets = [preferences.get(prefix + label, []) for label in LABELS]
+        if not min(sizes := [*map(len, sets)]):
+            continue
+        first, last = (x[np.concatenate(sets)] for x in (dataset.starts, dataset.ends - 1))
         index = (first + torch.linspace(0, 1, states)[:, None] * (last - first)).long()
         observations, actions = (x[index].to(policy.low.device) for x in dataset[:2])
         noise = torch.randn((1, *actions.shape), generator=generator).to(actions.device)
         now, before = policy(observations), reference(observations)  # [S, E, A] each
-        h, c = log_ratios(now, before, actions, policy.low, policy.high, noise)
-        return h.mean(0), c.mean(0), gaussian_kl(now, before).mean().item()
-
-    for name, prefix in ("train", ""), ("heldout", "heldout_"):
-        sets = [preferences.get(prefix + label, []) for label in LABELS]
-        if not min(map(len, sets)):
-            continue
-        (good, good_c, good_kl), (bad, bad_c, bad_kl) = map(look, sets)
-        margins = {"preferred_counterfactual": good - good_c}
-        margins |= {"counterfactual_dispreferred": bad_c - bad}
-        margins |= {"preferred_dispreferred": good[:, None] - bad}  # all pairs
-        for pair, margin in margins.items():
+        ratios = log_ratios(now, before, actions, policy.low, policy.high, noise)
+        (good, bad), (good_c, bad_c) = (x.mean(0).split(sizes) for x in ratios)
+        margins = good - good_c, bad_c - bad, good[:, None] - bad  # the last of all pairs
+        for pair, margin in zip(PAIRS, margins):
             metrics[f"margin/{name}/{pair}"] = margin.mean().item()
             metrics[f"accuracy/{name}/{pair}"] = (margin > 0).float().mean().item()
-        metrics[f"kl/{name}"] = (good_kl + bad_kl) / 2
+        metrics[f"kl/{name}"] = gaussian_kl(now, before).mean().item()
     return metrics
 
 
@@ -758,8 +739,8 @@ def evaluate(policies, env, args, folder=None):
         for key, values in ("return", returns), ("cost", costs):
             sample = (values if len(values) > 1 else values.repeat(2),)  # it takes two or more
             boot = stats.bootstrap(sample, np.mean, method="percentile", random_state=0)
-            results[name] |= {f"{key}_mean": values.mean()}
-            results[name] |= {f"{key}_ci95": [*boot.confidence_interval]}
+            low, high = boot.confidence_interval
+            results[name] |= {f"{key}_mean": values.mean(), f"{key}_ci95": [low, high]}
         for key, events in ("violation_rate", costs > args.cost_limit), ("failure_rate", ended):
             test = stats.binomtest(int(events.sum()), len(events)).proportion_ci(method="wilson")
             results[name] |= {key: events.mean(), f"{key}_ci95": [*test]}  # 0 of 20 is not "never"
@@ -838,7 +819,7 @@ def run_in_folder(args):
             run(args, folder, flags)
         shutil.rmtree(folder / "resume", ignore_errors=True)  # an interruption may have left it
         print_table(json.loads(results.read_text()))
-        print(f"results in {folder}")
+        print(f"results in {folder}; bash run_all.sh report {folder} draws and explains them")
 
 
 def run(args, folder, flags):
@@ -853,8 +834,8 @@ def run(args, folder, flags):
         seconds[stage] = time.monotonic() - start - sum(seconds.values())
         if policy:
             content = {"format": 1, "env": args.env, "state": policy.state_dict()}
-            write_json(folder / f"{stage}.jsonl", *curve)
             write(folder / name, functools.partial(torch.save, content))
+            write_json(folder / f"{stage}.jsonl", *curve)
 
     dataset = load_dataset(find_dataset(args, env), env, with_costs=not args.preferences)
     if args.preferences:

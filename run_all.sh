@@ -8,7 +8,12 @@
 #   bash run_all.sh [-j N]             every experiment of the README's tables, N at a time
 #   bash run_all.sh --slurm [FLAG ...] the same as one Slurm job array; flags go to sbatch
 #   bash run_all.sh summary [FOLDER]   those tables, from FOLDER/*/metrics.json (default: runs)
-#   bash run_all.sh picture RUN PNG    the README's picture, of a run folder of BallCircle
+#   bash run_all.sh sensitivity [-j N] what one thing changed at a time does, on the Ball tasks
+#   bash run_all.sh front PNG          reward-cost fronts of the methods, from runs/
+#   bash run_all.sh report RUN         draws report.png into the run folder, measures the contrast of
+#                                      the labels, writes event files for TensorBoard
+#   bash run_all.sh film RUN           before.gif and after.gif into the run folder
+#   bash run_all.sh export TASK DATASET N FOLDER   N episodes for a person to label
 #
 # Every verb sets up on first use. What is done already is not done again. TASKS="OfflineBallRun"
 # SEEDS="0 1" METHODS="prefine dpo" before a command choose some of the experiments.
@@ -27,7 +32,7 @@ export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 say() { echo "run_all.sh: $*" >&2; }
 fail() { say "$*" && exit 2; }
 unknown() {
-  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, picture, and -j N or --slurm with no verb."
+  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, sensitivity, front, report, film, export, and -j N or --slurm with no verb."
 }
 
 # ------------------------------------------------------------------------------------------- setup
@@ -213,6 +218,76 @@ task() {
   WORKERS=${SLURM_CPUS_PER_TASK:-2} experiment "${experiment[@]}"
 }
 
+# ------------------------------------------------------------------------------------- sensitivity
+
+# STUDY VALUE FLAGS: one thing changed at a time.
+settings() {
+  local share n
+  echo "default -"
+  for n in 5 10 20 80; do echo "labels $n --preferred $n --dispreferred $n"; done
+  for share in 0.1 0.2 0.3; do
+    echo "wrong $share --preferences labels"
+    echo "smoothed $share --preferences labels --smoothing $share"
+  done
+  for n in 0.01 0.2 1 5; do echo "beta $n --beta $n"; done
+  for n in 0 0.5 1 4; do echo "retention $n --return-weight $n"; done
+  echo "counterfactual 4-current --counterfactuals 4"
+  echo "counterfactual 1-reference --counterfactual reference"
+  echo "counterfactual 4-reference --counterfactual reference --counterfactuals 4"
+}
+
+# One setting: TASK SEED STUDY VALUE FLAGS. Pre-training is that of the same seed of the tables.
+setting() {
+  local task=$1 seed=$2 share=$4 run="runs/sensitivity/$1__$3__$4__$2" flags=("${@:5}")
+  [ ! -e "$run/metrics.json" ] || return 0
+  echo "$run"
+  mkdir -p "$run"
+  if [ "${flags[1]:-}" = labels ]; then
+    flags[1]=$run/labels.csv
+    [ -e "${flags[1]}" ] || draw labels "$task" "$seed" "$share" "${flags[1]}" >/dev/null || return 1
+  fi
+  OMP_NUM_THREADS=1 .venv/bin/python prefine.py --env "$task" --dataset scripted --seed "$seed" \
+    --policy "runs/${task}__prefine__$seed/pretrained.pt" --workers "$WORKERS" --run-dir "$run" \
+    "${flags[@]}" >"$run/log" 2>&1
+}
+
+# Prints TASK SEED STUDY VALUE FLAGS of every setting, on three seeds.
+sweep() {
+  local task seed line
+  for seed in "${SEEDS[@]:0:3}"; do
+    for task in OfflineBallCircle OfflineBallRun; do
+      while read -r line; do echo "$task $seed $line"; done < <(settings)
+    done
+  done
+}
+
+sensitivity() {
+  local jobs=1 task seed
+  if [ "${1:-}" = -j ]; then jobs=$2; fi
+  for seed in "${SEEDS[@]:0:3}"; do
+    for task in OfflineBallCircle OfflineBallRun; do
+      [ -e "runs/${task}__prefine__$seed/finetuned.pt" ] ||
+        fail "no runs/${task}__prefine__$seed/finetuned.pt: bash run_all.sh makes it."
+    done
+  done
+  export WORKERS=$((($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs))
+  export -f setting draw
+  # shellcheck disable=SC2016  # the inner bash expands $1 and $line
+  sweep | xargs -P "$jobs" -I{} bash -c \
+    'read -ra line <<<"$1"; setting "${line[@]}" || echo "$1 failed"' setting {}
+  draw sensitivity runs/sensitivity
+}
+
+# The whole method on BallCircle, and its picture.
+demo() {
+  local log run
+  log=$(mktemp)
+  .venv/bin/python prefine.py --env OfflineBallCircle --dataset scripted "$@" | tee "$log"
+  run=$(sed -n 's/^results in \(.*\); bash run_all.sh report.*/\1/p' "$log")
+  rm "$log"
+  if [ -n "$run" ]; then draw report "$run"; fi
+}
+
 summary() {
   .venv/bin/python - "$@" <<'PYTHON'
 import csv
@@ -305,56 +380,433 @@ with open(folder / "summary.csv", "w", newline="") as file:
 PYTHON
 }
 
-picture() {
-  .venv/bin/python - "$@" <<'PYTHON'
+# What is drawn or written for people: report RUN, film RUN, export TASK DATASET N FOLDER,
+# labels TASK SEED SHARE CSV, sensitivity FOLDER, front PNG.
+draw() {
+  # Not "python -", whose workers would look for a file of that name.
+  .venv/bin/python -c 'import sys; exec(sys.stdin.read())' "$@" <<'PYTHON'
 import functools
+import itertools
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from scipy import stats
+from scipy.spatial.distance import jensenshannon
 
 import prefine
 
-run, out = Path(sys.argv[1]), sys.argv[2]
-config = json.loads((run / "config.json").read_text())
-args = prefine.parse_args(["--env", config["env"], "--dataset", config["dataset"]])
-args.scripted_episodes, limit = config["scripted_episodes"], config["cost_limit"]
-env = prefine.import_simulators().make(args.env)
-data = prefine.load_dataset(prefine.find_dataset(args, env), env)
-chosen = prefine.draw_preferences(
-    data.sums(data.costs), limit, config["preferred"], config["dispreferred"], config["seed"]
-)
-figure, (plane, paths) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-costs, returns = data.sums(data.costs), data.sums(data.rewards)
-plane.scatter(costs, returns, s=8, c="0.75", label="data set")
-plane.scatter(*(x[chosen["dispreferred"]] for x in (costs, returns)), s=14, c="#D55E00", marker="x",
-              label="dispreferred")
-plane.scatter(*(x[chosen["preferred"]] for x in (costs, returns)), s=14, c="#0072B2", label="preferred")
-for name, title, colour in (("pretrained", "before", "#D55E00"), ("finetuned", "after", "#0072B2")):
-    actor = functools.partial(prefine.policy_actor, prefine.load_policy(run / f"{name}.pt"), False)
-    for i in range(4):
-        episode = prefine.run_episode(args.env, actor, 10**6 + i)
-        x, y = 10 * episode["observations"][:, 0], 10 * episode["observations"][:, 1]
-        paths.plot(x, y, c=colour, lw=1, label=f"{title} fine-tuning" if i == 0 else None)
-        plane.scatter(episode["costs"].sum(), episode["rewards"].sum(), s=70, c=colour, marker="*",
-                      edgecolors="k", lw=0.6, zorder=3,
-                      label=f"{title} fine-tuning" if i == 0 else None)
-plane.axvline(limit, c="k", ls="--", lw=1)
-plane.text(limit + 1, plane.get_ylim()[0] + 15, f"cost limit {limit:g}", fontsize=8)
-plane.set(xlabel="cost return", ylabel="return", title="Episodes")
-for low, high in ((-12, -6), (6, 12)):
-    paths.axvspan(low, high, color="0.9", lw=0)
-paths.text(-11.5, 8.3, "unsafe", fontsize=8)
-paths.set(xlabel="x (m)", ylabel="y (m)", xlim=(-12, 12), ylim=(-9, 9), aspect="equal",
-          title="Paths of the deterministic policy, from above")
-plane.legend(fontsize=8)
-paths.legend(fontsize=8, loc="lower right")
-figure.suptitle(f"{config['env']}, {config['dataset']} data, seed {config['seed']}", fontsize=10)
-figure.savefig(out, dpi=130)
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None
+COLOURS = dict(preferred="#0072B2", dispreferred="#D55E00", before="#E69F00", after="#009E73")
+POLICIES = dict(before="pretrained.pt", after="finetuned.pt")
+
+
+def save(figure, path):
+    prefine.write(path, functools.partial(figure.savefig, format="png", dpi=100))
+    print(f"wrote {path}")
+
+
+def stop(sentence):
+    print(f"run_all.sh: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(config, with_costs=True):
+    """The arguments of a run, its environment, its data set and its preferences."""
+    args = prefine.parse_args(["--env", config["env"]])
+    vars(args).update(config)
+    env = prefine.import_simulators().make(args.env)
+    path = prefine.find_dataset(args, env)
+    dataset = prefine.load_dataset(path, env, with_costs=with_costs and not args.preferences)
+    if args.preferences:
+        preferences = prefine.read_preferences(args.preferences, len(dataset.ends))
+    else:
+        counts = args.preferred, args.dispreferred, args.seed
+        costs = dataset.sums(dataset.costs)
+        preferences = prefine.draw_preferences(costs, args.cost_limit, *counts)
+    return args, dataset, preferences
+
+
+def spaced(dataset, episodes, n=32):
+    """Evenly spaced observations [E, n, O] of the given episodes."""
+    first, last = dataset.starts[episodes], dataset.ends[episodes] - 1
+    index = first[:, None] + torch.linspace(0, 1, n) * (last - first)[:, None]
+    return dataset.observations[index.long()]
+
+
+def near_share(dataset, preferences):
+    """The share of dispreferred states that lie near preferred ones: as near to a preferred
+    episode as 95 % of the preferred states are to another preferred episode."""
+    scale = dataset.observations.std(0) + 1e-6
+    good, bad = (spaced(dataset, preferences[label]) / scale for label in prefine.LABELS)
+    if len(good) < 2:
+        return None
+    among = torch.cdist(good.flatten(0, 1), good.flatten(0, 1))
+    own = torch.arange(len(good)).repeat_interleave(good.shape[1])
+    among = among.masked_fill(own == own[:, None], math.inf).min(1).values
+    nearest = torch.cdist(bad.flatten(0, 1), good.flatten(0, 1)).min(1).values
+    return (nearest <= among.quantile(0.95)).float().mean().item()
+
+
+@torch.no_grad()
+def margins(policy, reference, dataset, preferences):
+    """Implicit margins, mean log-ratio per step in nats, {"set/contrast": array [pairs]}."""
+    found, generator = {}, torch.Generator().manual_seed(0)
+    for name, prefix in ("train", ""), ("heldout", "heldout_"):
+        sets = [list(preferences.get(prefix + label, [])) for label in prefine.LABELS]
+        if not min(map(len, sets)):
+            continue
+        values = []
+        for episodes in sets:
+            for e in episodes:
+                rows = dataset.rows([e])
+                rows = rows[torch.linspace(0, len(rows) - 1, 64).long()]
+                observations, actions = dataset.observations[rows], dataset.actions[rows]
+                noise = torch.randn((1, *actions.shape), generator=generator)
+                now, before = policy(observations), reference(observations)
+                ratios = prefine.log_ratios(now, before, actions, policy.low, policy.high, noise)
+                values.append([ratio.mean().item() for ratio in ratios])
+        (good, good_c), (bad, bad_c) = (x.T for x in np.split(np.array(values), [len(sets[0])]))
+        pairs = good - good_c, bad_c - bad, np.ravel(good[:, None] - bad)
+        found |= {f"{name}/{pair}": x for pair, x in zip(prefine.PAIRS, pairs)}
+    return found
+
+
+def measure(dataset, preferences, values):
+    """How far apart the two sets are, and what was learnt of it: goes to metrics.json."""
+    data = {"near_share": near_share(dataset, preferences), "divergence_bits": None}
+    if dataset.costs is not None:
+        costs = dataset.sums(dataset.costs)
+        parts = {label: costs[preferences[label]] for label in prefine.LABELS}
+        edges = np.linspace(0, max(part.max() for part in parts.values()) or 1, 21)
+        counts = {label: np.histogram(part, edges)[0] for label, part in parts.items()}
+        # Jensen and Shannon's divergence is finite without overlap: 1 bit.
+        data["divergence_bits"] = float(jensenshannon(*counts.values(), base=2) ** 2)
+        data["cost_histograms"] = {"edges": edges.tolist()}
+        data["cost_histograms"] |= {label: n.tolist() for label, n in counts.items()}
+    percents = [5, 25, 50, 75, 95]
+    data["margin_percentiles"] = {
+        "percents": percents,
+        "before": {name: [0.0] * len(percents) for name in values},  # the policy is its reference
+        "after": {name: np.percentile(x, percents).tolist() for name, x in values.items()},
+    }
+    return data
+
+
+def warn(data, values):
+    """In words, where the contrast looks too weak to learn from."""
+    if data["divergence_bits"] is not None and data["divergence_bits"] < 0.2:
+        print("warning: the costs of the preferred and the dispreferred set hardly differ")
+        print(f"  ({data['divergence_bits']:.2f} of 1 bit): do the labels say what is safe?")
+    pairs = values.get("heldout/preferred_dispreferred", np.ones(1))
+    if (pairs > 0).mean() < 0.6:
+        print("warning: on held-out trajectories the policy tells preferred from dispreferred in")
+        print(f"  {(pairs > 0).mean():.0%} of the pairs, chance is 50 %: the contrast is too weak")
+        print("  to learn from. More labels, or clearer ones, may help.")
+
+
+def draw_paths(axes, env_id, episodes):
+    """Draw (observations [T, O], colour) from above; False where they hold no position."""
+    if not (task := re.fullmatch(r"Offline\w+(Circle|Run)-v0", env_id)):
+        return False
+    for observations, colour in episodes:
+        axes.plot(*10 * observations[:, :2].T, color=colour, lw=0.8)  # they begin with x/10, y/10
+    shade, border = (axes.axvspan, 6) if task[1] == "Circle" else (axes.axhspan, 2)
+    axes.margins(0.08)
+    low, high, *rest = axes.axis()
+    view = [min(low, -7), max(high, 7), *rest] if task[1] == "Circle" else axes.axis()
+    for sign in (-1, 1):
+        shade(sign * border, sign * 1000, color="0.88", lw=0)
+    axes.axis(view)
+    axes.set(xlabel="x (m)", ylabel="y (m)")
+    return True
+
+
+def write_events(run, metrics):
+    """TensorBoard's event files, from the curves and the evaluation."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return print("no event files: pip install tensorboard.")
+    for old in run.glob("events.out.tfevents.*"):
+        old.unlink()
+    update = 0
+    with SummaryWriter(run) as writer:
+        for stage in "pretrain", "finetune":
+            for line in (run / f"{stage}.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                update = row.pop("update")
+                for name, value in row.items():
+                    kind, _, rest = name.partition("/")
+                    name = f"losses/{stage}/{rest}" if kind == "losses" else f"charts/{name}"
+                    writer.add_scalar(name, value, update)
+        for step, part in (0, "pretrained"), (update, "finetuned"):
+            for name, value in metrics[part].items():
+                if not isinstance(value, list):
+                    writer.add_scalar(f"eval/{name}", value, step)
+
+
+def report(run):
+    run = Path(run)
+    if not (run / "metrics.json").exists():
+        stop(f"{run} has no metrics.json: name the folder of a run that has ended.")
+    config = json.loads((run / "config.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
+    args, dataset, preferences = load(config)
+    policies = {name: prefine.load_policy(run / file) for name, file in POLICIES.items()}
+    values = margins(policies["after"], policies["before"], dataset, preferences)
+    metrics["data"] |= measure(dataset, preferences, values)
+    prefine.write_json(run / "metrics.json", metrics, indent=2)
+    write_events(run, metrics)
+    warn(metrics["data"], values)
+    if Figure is None:
+        return print("no report.png: pip install matplotlib.")
+
+    seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(4)]  # as in the evaluation
+    actors = {k: functools.partial(prefine.policy_actor, p, False) for k, p in policies.items()}
+    episodes = {k: [prefine.run_episode(args.env, a, s) for s in seeds] for k, a in actors.items()}
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([["plane", "paths", "costs"], ["plane", "curves", "margins"]])
+    plane, returns = panels["plane"], dataset.sums(dataset.rewards)
+    if dataset.costs is None:
+        panels["costs"].set(title="The data have no costs")
+    else:
+        costs = dataset.sums(dataset.costs)
+        plane.scatter(costs, returns, s=8, color="0.8", label="data set")
+        histograms, bits = (metrics["data"][k] for k in ("cost_histograms", "divergence_bits"))
+        for label, marker in zip(prefine.LABELS, "ox"):
+            chosen, style = preferences[label], dict(color=COLOURS[label], label=label)
+            plane.scatter(costs[chosen], returns[chosen], s=20, marker=marker, **style)
+            counts, edges = histograms[label], histograms["edges"]
+            panels["costs"].stairs(counts, edges, fill=True, alpha=0.6, **style)
+        title = f"Labelled episodes: {bits:.2f} of 1 bit apart"
+        panels["costs"].set(title=title, xlabel="cost return", ylabel="episodes")
+    for (name, part), marker in zip(episodes.items(), "sD"):
+        sums = [[e[key].sum() for e in part] for key in ("costs", "rewards")]
+        style = dict(color=COLOURS[name], edgecolors="k", linewidths=0.7, zorder=3)
+        plane.scatter(*sums, s=55, marker=marker, label=f"policy, {name} fine-tuning", **style)
+    plane.axvline(args.cost_limit, color="k", ls="--", lw=1, label=f"limit {args.cost_limit:g}")
+    plane.set(title="Episodes", xlabel="cost return", ylabel="return")
+
+    shown = [(e, COLOURS[name]) for name, part in episodes.items() for e in part]
+    paths = panels["paths"]
+    if draw_paths(paths, args.env, [(e["observations"], colour) for e, colour in shown]):
+        paths.set(title="Paths from above; grey is unsafe")
+    else:
+        for episode, colour in shown:
+            paths.plot(episode["costs"].cumsum(), color=colour, lw=1)
+        paths.set(title="Cost in the course of an episode", xlabel="step", ylabel="cost so far")
+    for name in episodes:
+        paths.plot([], color=COLOURS[name], label=f"{name} fine-tuning")
+
+    curve = [json.loads(line) for line in (run / "finetune.jsonl").read_text().splitlines()]
+    held = "heldout" if any(name.startswith("heldout") for name in values) else "train"
+    curves, updates = panels["curves"], [row["update"] for row in curve]
+    accuracy = curves.twinx()
+    for i, pair in enumerate(prefine.PAIRS):
+        label, colour = pair.replace("_", " > "), ("#56B4E9", "#CC79A7", "#8C6D31")[i]
+        for axes, kind, line in (curves, "margin", "-"), (accuracy, "accuracy", ":"):
+            axes.plot(updates, [row[f"{kind}/{held}/{pair}"] for row in curve], line, c=colour)
+        curves.plot([], c=colour, label=label)
+        x = values[f"{held}/{pair}"]
+        style = dict(histtype="step", lw=1.8, color=colour, label=label)
+        panels["margins"].hist(x, 20, weights=np.full(len(x), 1 / len(x)), **style)
+    curves.plot(updates, [row[f"kl/{held}"] for row in curve], "k--", label="KL to the reference")
+    curves.set(title=f"Fine-tuning, {held} labels", xlabel="update", ylabel="margin, KL (nats per step)")
+    accuracy.set(ylabel="preference accuracy (dotted)", ylim=(0, 1.05))
+    panels["margins"].axvline(0, color="k", ls="--", lw=1, label="before: all 0")
+    title = f"Implicit margins after, {held} labels"
+    panels["margins"].set(title=title, xlabel="nats per step", ylabel="share")
+    for axes in panels.values():
+        if axes.get_legend_handles_labels()[0]:
+            place = "center right" if axes is curves else "best"
+            axes.legend(fontsize=7, framealpha=0.6, loc=place)
+    task = args.env.split("-")[0].removesuffix("Gymnasium")
+    data = Path(args.dataset).name
+    figure.suptitle(f"{task}, {data} data, {args.method}, seed {args.seed}")
+    save(figure, run / "report.png")
+
+
+def export(task, dataset, count, folder):
+    """What a person needs to label episodes: labels.csv to fill in, and episodes.png."""
+    folder = Path(folder)
+    if (folder / "labels.csv").exists():
+        stop(f"{folder}/labels.csv exists, and may hold somebody's work: move it away.")
+    args = prefine.parse_args(["--env", task, "--dataset", dataset])
+    args.env = prefine.resolve_env(task)
+    env = prefine.import_simulators().make(args.env)
+    data = prefine.load_dataset(prefine.find_dataset(args, env), env, with_costs=False)
+    chosen = np.random.default_rng(0).permutation(len(data.ends))[: int(count)]
+    returns, lines = data.sums(data.rewards), ["episode,label,length,return"]
+    scale = data.observations.std(0).numpy() + 1e-6
+    figure = Figure and Figure(figsize=(14, 2.6 * -(-len(chosen) // 5)), layout="constrained")
+    for i, e in enumerate(sorted(chosen)):
+        seen = data.observations[data.rows([e])].numpy()
+        lines.append(f"{e},,{len(seen)},{returns[e]:.4g}")
+        if figure is None:
+            continue
+        axes = figure.add_subplot(-(-len(chosen) // 5), 5, i + 1)
+        if not draw_paths(axes, args.env, [(seen, "k")]):
+            axes.imshow((seen / scale).T, aspect="auto", vmin=-2, vmax=2, cmap="cividis")
+            axes.set(xlabel="step", ylabel="observation")
+        axes.set_title(f"episode {e}, return {returns[e]:.4g}", fontsize=9)
+    if figure is None:
+        print("no episodes.png: pip install matplotlib.")
+    else:
+        save(figure, folder / "episodes.png")
+    prefine.write(folder / "labels.csv", lambda f: f.write("\n".join([*lines, ""]).encode()))
+    print(f"wrote {folder}/labels.csv: write preferred or dispreferred into its column 'label',")
+    print("delete the lines that you leave open, and pass the file with --preferences.")
+
+
+def film(run):
+    """before.gif and after.gif: the first episode of the evaluation, every fourth step."""
+    import imageio
+
+    run = Path(run)
+    if not (run / "metrics.json").exists():
+        stop(f"{run} has no metrics.json: name the folder of a run that has ended.")
+    config = json.loads((run / "config.json").read_text())
+    for name, file in POLICIES.items():
+        frames, policy = [], prefine.load_policy(run / file)
+
+        def actor(env, seed, frames=frames, policy=policy):
+            act, inner = prefine.policy_actor(policy, False, env, seed), env.unwrapped
+            steps, inner.render_mode = itertools.count(), "rgb_array"
+            options = {} if "Gymnasium" in config["env"] else {"mode": "rgb_array"}
+            if hasattr(inner, "render_parameters"):
+                inner.render_parameters.mode = "rgb_array"
+
+            def act_on_camera(observation):
+                if next(steps) % 4 == 0:
+                    frames.append(np.asarray(inner.render(**options), np.uint8))
+                return act(observation)
+
+            return act_on_camera
+
+        try:
+            prefine.run_episode(config["env"], actor, (1000 * (config["seed"] + 1000)) % 2**32)
+        except (AttributeError, ImportError, RuntimeError) as error:
+            stop(f"no video: this machine cannot render without a screen ({error!r:.90}).")
+        save_gif = functools.partial(imageio.mimsave, ims=frames, format="gif", duration=80, loop=0)
+        prefine.write(run / f"{name}.gif", lambda f, save_gif=save_gif: save_gif(f))
+        print(f"wrote {run}/{name}.gif, {len(frames)} frames")
+
+
+def labels(task, seed, share, path):
+    """The labels that a run with this seed draws, a share of them on the wrong side."""
+    config = vars(prefine.parse_args([])) | dict(env=prefine.resolve_env(task), dataset="scripted")
+    limit = 20.0 if "Gymnasium" in config["env"] else 10.0
+    _, _, drawn = load(config | dict(seed=int(seed), cost_limit=limit))
+    rng, lines = np.random.default_rng(int(seed)), ["episode,label"]
+    for label, other in zip(prefine.LABELS, prefine.LABELS[::-1]):
+        episodes = drawn[label]
+        wrong = set(rng.permutation(episodes)[: round(float(share) * len(episodes))])
+        lines += [f"{e},{other if e in wrong else label}" for e in episodes]
+    prefine.write(Path(path), lambda f: f.write("\n".join([*lines, ""]).encode()))
+
+
+def boot(values):
+    """Mean, and 95 % bootstrap interval over seeds."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    test = stats.bootstrap((values,), np.mean, method="percentile", random_state=0)
+    return np.mean(values), *test.confidence_interval
+
+
+STUDIES = {  # study: (axis, where the default stands)
+    "labels": ("labels of each kind", "40"),
+    "wrong": ("share of wrong labels", "0"),
+    "beta": ("beta", "0.05"),
+    "retention": ("return weight", "2"),
+    "counterfactual": ("sampled actions per state, and their policy", "1-current"),
+}
+
+
+def sensitivity(folder):
+    found = {}
+    for path in sorted(Path(folder).glob("*/metrics.json")):
+        task, study, value, _ = path.parent.name.split("__")
+        part = json.loads(path.read_text())["finetuned"]
+        scores = found.setdefault((task, study, value), {"return_mean": [], "cost_mean": []})
+        for key, values in scores.items():
+            values.append(part[key])
+    tasks = sorted({task for task, _, _ in found})
+    if not tasks or Figure is None:
+        stop(f"{folder}/*/metrics.json and matplotlib are needed, one is missing.")
+    for study, (axis, default) in STUDIES.items():
+        names = {study: "#0072B2"} | ({"smoothed": "#D55E00"} if study == "wrong" else {})
+        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        panels = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
+        for column, task in zip(panels.T, tasks):
+            for axes, key in zip(column, ("return_mean", "cost_mean")):
+                for shift, (name, colour) in enumerate(names.items()):
+                    rows = {v: s for (t, n, v), s in found.items() if (t, n) == (task, name)}
+                    rows[default] = found[task, "default", "-"]
+                    order = sorted(rows, key=lambda v: (v[2:], float(v.split("-")[0])))
+                    mean, low, high = np.array([boot(rows[v][key]) for v in order]).T
+                    x = np.arange(len(order)) + 0.08 * shift
+                    text = "with label smoothing of that share" if shift else "default flags"
+                    style = dict(fmt="o-", color=colour, capsize=3, label=text)
+                    axes.errorbar(x, mean, [mean - low, high - mean], **style)
+                axes.set_xticks(np.arange(len(order)), order)
+                axes.set_ylim(min(0, axes.get_ylim()[0]), None)
+            column[0].set(title=task.removeprefix("Offline"), ylabel="return")
+            column[1].axhline(10, color="k", ls="--", lw=1, label="limit")
+            column[1].set(ylabel="cost return", xlabel=axis)
+            column[1].legend(fontsize=8)
+        save(figure, Path(folder) / f"{study}.png")
+
+
+def front(path):
+    """Reward-cost fronts of the methods, normalised, a panel per task."""
+    found = {}
+    for file in sorted(Path("runs").glob("*__*__*/metrics.json")):
+        run = json.loads(file.read_text())
+        if not re.fullmatch(r"Offline[^_]*__[a-z-]+__\d+", file.parent.name):
+            continue
+        task = run["env"].split("-")[0].removesuffix("Gymnasium").removeprefix("Offline")
+        parts = {run["method"]: run["finetuned"]}
+        if run["method"] == "prefine":
+            parts["pretrained"] = run["pretrained"]
+        for method, part in parts.items():
+            point = part["normalized_cost"], part["normalized_return"]
+            found.setdefault(task, {}).setdefault(method, []).append(point)
+    if not found or Figure is None:
+        stop("runs/TASK__METHOD__SEED/metrics.json and matplotlib are needed, one is missing.")
+    figure = Figure(figsize=(3.6 * len(found), 4.4), layout="constrained")
+    methods = sorted({method for part in found.values() for method in part})
+    styles = dict(zip(methods, itertools.product("osD^vP", ["#0072B2", "#D55E00", "#009E73"])))
+    styles |= {"prefine": ("*", "#0072B2"), "pretrained": ("X", "#E69F00")}
+    for axes, (task, part) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        for method in sorted(part):
+            marker, colour = styles[method]
+            points = np.array(part[method])
+            (x, left, right), (y, low, high) = boot(points[:, 0]), boot(points[:, 1])
+            errors = dict(xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]])
+            style = dict(marker=marker, color=colour, lw=0, elinewidth=1, label=method)
+            size = 14 if method == "prefine" else 8
+            axes.errorbar([x], [y], **errors, **style, ms=size, markeredgecolor="k")
+        axes.axvline(1, color="k", ls="--", lw=1)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set(title=task, xlabel="normalised cost (limit: 1)", ylabel="normalised return")
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
+    save(figure, Path(path))
+
+
+try:
+    verbs = dict(report=report, export=export, film=film, labels=labels, front=front)
+    (verbs | dict(sensitivity=sensitivity))[sys.argv[1]](*sys.argv[2:])
+except (prefine.UserError, OSError) as error:
+    stop(error)
 PYTHON
 }
 
@@ -364,7 +816,7 @@ case ${1:-} in
   setup) setup ;;
   demo)
     setup
-    exec .venv/bin/python prefine.py --env OfflineBallCircle --dataset scripted "${@:2}"
+    demo "${@:2}"
     ;;
   test) setup; exec .venv/bin/python -m pytest -q test_prefine.py "${@:2}" ;;
   bench)
@@ -378,9 +830,14 @@ case ${1:-} in
     ;;
   summary) setup; summary "${2:-runs}" ;;
   task) task "$2" ;; # for --slurm
-  picture)
-    [ $# -eq 3 ] || fail "picture takes a run folder of BallCircle and the name of a PNG file."
-    setup; picture "$2" "$3"
+  sensitivity) setup; sensitivity "${@:2}" ;;
+  report | film | front)
+    [ $# -eq 2 ] || fail "$1 takes one name: of the folder of a run that has ended, or for front, of a PNG file."
+    setup; draw "$1" "$2"
+    ;;
+  export)
+    [ $# -eq 5 ] || fail "export takes a task, a data set as for --dataset, a number and a folder."
+    setup; draw "$@"
     ;;
   -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh ;;
   '' | -*) experiments "$@" ;;
