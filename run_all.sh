@@ -418,13 +418,16 @@ def stop(sentence):
     sys.exit(2)
 
 
-def load(config, with_costs=True):
-    """The arguments of a run, its environment, its data set and its preferences."""
+def load(config):
+    """The arguments of a run, its data set, with costs where it has any, and its preferences."""
     args = prefine.parse_args(["--env", config["env"]])
     vars(args).update(config)
     env = prefine.import_simulators().make(args.env)
     path = prefine.find_dataset(args, env)
-    dataset = prefine.load_dataset(path, env, with_costs=with_costs and not args.preferences)
+    try:
+        dataset = prefine.load_dataset(path, env)
+    except prefine.UserError:
+        dataset = prefine.load_dataset(path, env, with_costs=False)  # all that labels need
     if args.preferences:
         preferences = prefine.read_preferences(args.preferences, len(dataset.ends))
     else:
