@@ -40,11 +40,11 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -124,6 +124,9 @@ def parse_args(argv=None):
     add("--workers", os.cpu_count(), count, "parallel simulator processes")
     add("--run-dir", None, str, "results (default: runs/ENV__METHOD__SEED__DIGEST)")
     add("--no-resume", False, bool, "run again even if the run folder holds results")
+    add("--no-report", False, bool, "draw no report.png, write no event files for TensorBoard")
+    add("--capture-video", False, bool, "draw before.gif and after.gif as well")
+    add("--track", False, bool, "log the run to Weights & Biases when it ends")
     add = functools.partial(flag, parser.add_argument_group("data"))
     add("--dataset", "dsrl", str, "dsrl, scripted, or an HDF5 file in DSRL's format")
     add("--scripted-episodes", 300, count, "episodes of the scripted data set")
@@ -132,6 +135,7 @@ def parse_args(argv=None):
     add("--preferred", 40, count, "preferred trajectories, drawn from the safe ones")
     add("--dispreferred", 40, count, "dispreferred trajectories, drawn from the unsafe")
     add("--preferences", None, str, "CSV file of episode,label; no cost is needed then")
+    add("--export-episodes", None, count, "write this many for a person to label, and end")
     add = functools.partial(flag, parser.add_argument_group("policy and pre-training"))
     add("--policy", None, str, "checkpoint of a trained policy; skips pre-training")
     add("--hidden", [256, 256], count, "sizes of the hidden layers", nargs="+")
@@ -166,25 +170,21 @@ def parse_args(argv=None):
 def import_simulators():
     """Import gymnasium with every DSRL task registered, quietly, on Python 3.10 and 3.11."""
     os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
-    plain_dataclass = dataclasses.dataclass
 
-    def dataclass(cls=None, **options):  # of safety-gymnasium: 3.11 refuses its array defaults
+    def dataclass(cls=None, plain=dataclasses.dataclass, **options):  # 3.11: no array defaults
         for name, value in list(vars(cls or object).items()):
             if isinstance(value, np.ndarray):
                 setattr(cls, name, dataclasses.field(default_factory=value.copy))
-        return plain_dataclass(cls, **options) if cls else functools.partial(dataclass, **options)
+        return plain(cls, **options) if cls else functools.partial(dataclass, **options)
 
     with mock.patch("dataclasses.dataclass", dataclass):
         import dsrl.offline_bullet_safety_gym
         import dsrl.offline_safety_gymnasium.gym_envs
         import gymnasium
         import mujoco
-        from safety_gymnasium import world
     # Each reset loads pictures of sky and floor, for seconds; what is simulated has none of them.
-    pictures = re.compile(r'<texture.*?</texture>| texture=".*?"', re.DOTALL)
-    load = mujoco.MjModel.from_xml_string
-    model = argparse.Namespace(from_xml_string=lambda xml: load(pictures.sub("", xml)))
-    world.mujoco = argparse.Namespace(**vars(mujoco) | {"MjModel": model})
+    load, picture = mujoco.MjModel.from_xml_string, r'(?s)<texture.*?</texture>| texture=".*?"'
+    mujoco.MjModel.from_xml_string = lambda xml, *files: load(re.sub(picture, "", xml), *files)
     gymnasium.logger.set_level(gymnasium.logger.ERROR)
     return gymnasium
 
@@ -201,9 +201,7 @@ def resolve_env(name):
 
 def run_episode(env_id, make_actor, seed, path=None):
     """One episode in a fresh simulator, or the one kept at ``path``: DSRL's KEYS, float32 [T, ...].
-
-    ``make_actor(env, seed)`` gives the function from an observation to an action.
-    """
+    ``make_actor(env, seed)`` gives the function from an observation to an action."""
     if path and path.exists():
         with np.load(path) as file:
             return dict(file)
@@ -394,17 +392,15 @@ def ball_controller(env, seed):
 
 def lidar_controller(env, seed):
     """CarButton1, PointGoal1: weigh the way to the goal against obstacles, in 16 directions."""
-    rng, spaces = np.random.default_rng(seed), env.unwrapped.obs_space_dict.spaces
-    car = "ballquat_rear" in spaces
-    caution, speed = rng.uniform(0, 6), rng.uniform(0.2, 1)
-    reach, noise = rng.uniform(0.1, 0.4), rng.uniform(0.5, 1.5)
-    ends = np.cumsum([np.prod(space.shape, dtype=int) for space in spaces.values()])
+    rng, space = np.random.default_rng(seed), env.unwrapped.obs_space_dict
+    car = "ballquat_rear" in space.spaces
+    caution, speed, reach, noise = rng.uniform([0, 0.2, 0.1, 0.5], [6, 1, 0.4, 1.5])
     angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
     blocks = np.clip(bins @ bins.T, 0, 1) ** 4  # what lies in one direction blocks its neighbours
 
     def act(observation):
-        seen = dict(zip(spaces, np.split(observation, ends)))
+        seen = import_simulators().spaces.unflatten(space, observation)
         goal = seen["goal_lidar"]
         score = bins @ (goal @ bins) / (np.linalg.norm(goal @ bins) + 1e-6)
         for name in ["hazards_lidar", "gremlins_lidar", "buttons_lidar"][: 3 if car else 1]:
@@ -431,10 +427,8 @@ CONTROLLERS = dict.fromkeys(BALLS, ball_controller) | dict.fromkeys(LIDARS, lida
 
 # ----------------------------------------------------------------------------------------- policy
 def gaussian_log_prob(mean, std, actions, low, high):
-    """Exact log-probability [...] of actions [..., A] of a Gaussian clipped to [low, high].
-
-    Inside it is the normal density, on a bound, as many actions are, the mass clipped to it.
-    """
+    """Exact log-probability [...] of actions [..., A] of a Gaussian clipped to [low, high]:
+    inside, the normal density; on a bound, as many actions are, the mass that is clipped to it."""
     z = (actions - mean) / std
     inside = -0.5 * z * z - std.log() - 0.5 * math.log(2 * math.pi)
     clipped = torch.special.log_ndtr(torch.where(actions >= high, -z, z))
@@ -448,10 +442,8 @@ def gaussian_kl(one, other):
 
 class GaussianPolicy(nn.Module):
     """MLP with a diagonal Gaussian, clipped to the action space [low, high], each [A].
-
     ``mean`` and ``std`` [O] normalise observations, as buffers: a checkpoint is self-contained.
-    ``log_std_bounds`` are in units of half the action range.
-    """
+    ``log_std_bounds`` are in units of half the action range."""
 
     def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
         super().__init__()
@@ -486,7 +478,6 @@ def policy_actor(policy, sample, env, seed):
 
 def load_policy(path, env_id=None):
     """A GaussianPolicy on the CPU from a checkpoint of the task; only tensors are read, no code."""
-    kinds = (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state, found = content["state"], f"format {content['format']} of {content['env']}"
@@ -494,7 +485,7 @@ def load_policy(path, env_id=None):
         policy = GaussianPolicy(*(state[k] for k in ("low", "high", "mean", "std")), hidden)
         policy.load_state_dict(state)
         fits = content["format"] == 1 and env_id in (None, content["env"])
-    except (*kinds, pickle.UnpicklingError) as error:  # as foreign and damaged files cause
+    except Exception as error:  # foreign and damaged files fail in every way
         fits, found = False, f"{error!r:.99}"
     require(fits, f"{path}: not a checkpoint of prefine.py, format 1 of {env_id}: found {found}.")
     return policy
@@ -735,16 +726,15 @@ def evaluate(policies, env, args, folder=None):
         part, runs = runs[: len(seeds)], runs[len(seeds) :]
         returns, costs, ended = np.array([[r[k].sum(dtype=float) for r in part] for k in KEYS[2:5]])
         score, cost = env.unwrapped.get_normalized_score(returns.mean(), costs.mean())
-        results[name] = {"normalized_return": score, "normalized_cost": cost}
+        results[name] = result = {"normalized_return": score, "normalized_cost": cost}
         for key, values in ("return", returns), ("cost", costs):
             sample = (values if len(values) > 1 else values.repeat(2),)  # it takes two or more
             boot = stats.bootstrap(sample, np.mean, method="percentile", random_state=0)
-            low, high = boot.confidence_interval
-            results[name] |= {f"{key}_mean": values.mean(), f"{key}_ci95": [low, high]}
+            result |= {f"{key}_mean": values.mean(), f"{key}_ci95": [*boot.confidence_interval]}
         for key, events in ("violation_rate", costs > args.cost_limit), ("failure_rate", ended):
             test = stats.binomtest(int(events.sum()), len(events)).proportion_ci(method="wilson")
-            results[name] |= {key: events.mean(), f"{key}_ci95": [*test]}  # 0 of 20 is not "never"
-        results[name] |= {"cost_max": costs.max(), "episodes": len(part)}
+            result |= {key: events.mean(), f"{key}_ci95": [*test]}  # 0 of 20 is not "never"
+        result |= {"cost_max": costs.max(), "episodes": len(part)}
     return results
 
 
@@ -797,12 +787,21 @@ def lock(path, sentence=None):
         yield
 
 
+def draw(verb, folder, args):
+    """What is for people's eyes is drawn by run_all.sh, beside this file; its exit code."""
+    script, flags = Path(__file__).with_name("run_all.sh"), json.dumps(vars(args))
+    return subprocess.run(["bash", script, "draw", sys.executable, verb, folder, flags]).returncode
+
+
 def run_in_folder(args):
     """run() in a locked run folder; one in use, or with results of other flags, is refused."""
     args.env = resolve_env(args.env)
     if args.cost_limit is None:
         args.cost_limit = 20.0 if "Gymnasium" in args.env else 10.0  # DSRL's tightest
-    flags = {k: v for k, v in vars(args).items() if k not in ("run_dir", "workers", "no_resume")}
+    if args.export_episodes:
+        return draw("export", args.run_dir or f"runs/{args.env}__labels", args)
+    apart = ("run_dir", "workers", "no_resume", "no_report", "capture_video", "track")
+    flags = {key: value for key, value in vars(args).items() if key not in apart}
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
     config, results = folder / "config.json", folder / "metrics.json"
@@ -817,9 +816,12 @@ def run_in_folder(args):
             print(f"{folder} is complete; --no-resume would run it again.")
         else:
             run(args, folder, flags)
+        if not args.no_report:
+            draw("results", folder, args)
         shutil.rmtree(folder / "resume", ignore_errors=True)  # an interruption may have left it
         print_table(json.loads(results.read_text()))
-        print(f"results in {folder}; bash run_all.sh report {folder} draws and explains them")
+        print(f"results in {folder}")
+        return 0
 
 
 def run(args, folder, flags):
@@ -864,8 +866,7 @@ def run(args, folder, flags):
 
 def main(argv=None):
     try:
-        run_in_folder(parse_args(argv))
-        return 0
+        return run_in_folder(parse_args(argv))
     except (UserError, OSError) as error:
         hint = "; is the path right, and the disk not full?" * isinstance(error, OSError)
         print(f"prefine.py: {error}{hint}", file=sys.stderr)

@@ -10,19 +10,15 @@
 #   bash run_all.sh summary [FOLDER]   those tables, from FOLDER/*/metrics.json (default: runs)
 #   bash run_all.sh sensitivity [-j N] what one thing changed at a time does, on the Ball tasks
 #   bash run_all.sh front PNG          reward-cost fronts of the methods, from runs/
-#   bash run_all.sh report RUN         draws report.png into the run folder, measures the contrast of
-#                                      the labels, writes event files for TensorBoard
-#   bash run_all.sh film RUN           before.gif and after.gif into the run folder
-#   bash run_all.sh export TASK DATASET N FOLDER   N episodes for a person to label
+#   bash run_all.sh report RUN         draws the run folder's report.png again
 #
 # Every verb sets up on first use. What is done already is not done again. TASKS="OfflineBallRun"
 # SEEDS="0 1" METHODS="prefine dpo" before a command choose some of the experiments.
 
 set -euo pipefail
-folder=$(dirname -- "${BASH_SOURCE[0]}")
-if [ -e "$folder/prefine.py" ]; then # Slurm runs a copy of this file, in the folder of submission
-  CDPATH='' cd -- "$folder"
-fi
+folder=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# Slurm runs a copy of this file, in the folder of submission; prefine.py lets it draw, in any.
+if [ -e "$folder/prefine.py" ] && [ "${1:-}" != draw ]; then cd -- "$folder"; fi
 
 read -ra TASKS <<<"${TASKS:-OfflineBallCircle OfflineBallRun OfflineHalfCheetahVelocity OfflineCarButton1 OfflinePointGoal1}"
 read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo cpl no-preferred no-dispreferred no-imitation no-return-weight}"
@@ -32,7 +28,7 @@ export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 say() { echo "run_all.sh: $*" >&2; }
 fail() { say "$*" && exit 2; }
 unknown() {
-  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, sensitivity, front, report, film, export, and -j N or --slurm with no verb."
+  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, sensitivity, front, report, and -j N or --slurm with no verb."
 }
 
 # ------------------------------------------------------------------------------------------- setup
@@ -244,11 +240,11 @@ setting() {
   mkdir -p "$run"
   if [ "${flags[1]:-}" = labels ]; then
     flags[1]=$run/labels.csv
-    [ -e "${flags[1]}" ] || draw labels "$task" "$seed" "$share" "${flags[1]}" >/dev/null || return 1
+    [ -e "${flags[1]}" ] || draw .venv/bin/python labels "$task" "$seed" "$share" "${flags[1]}" >/dev/null || return 1
   fi
   OMP_NUM_THREADS=1 .venv/bin/python prefine.py --env "$task" --dataset scripted --seed "$seed" \
     --policy "runs/${task}__prefine__$seed/pretrained.pt" --workers "$WORKERS" --run-dir "$run" \
-    "${flags[@]}" >"$run/log" 2>&1
+    --no-report "${flags[@]}" >"$run/log" 2>&1
 }
 
 # Prints TASK SEED STUDY VALUE FLAGS of every setting, on three seeds.
@@ -275,17 +271,7 @@ sensitivity() {
   # shellcheck disable=SC2016  # the inner bash expands $1 and $line
   sweep | xargs -P "$jobs" -I{} bash -c \
     'read -ra line <<<"$1"; setting "${line[@]}" || echo "$1 failed"' setting {}
-  draw sensitivity runs/sensitivity
-}
-
-# The whole method on BallCircle, and its picture.
-demo() {
-  local log run
-  log=$(mktemp)
-  .venv/bin/python prefine.py --env OfflineBallCircle --dataset scripted "$@" | tee "$log"
-  run=$(sed -n 's/^results in \(.*\); bash run_all.sh report.*/\1/p' "$log")
-  rm "$log"
-  if [ -n "$run" ]; then draw report "$run"; fi
+  draw .venv/bin/python sensitivity runs/sensitivity
 }
 
 summary() {
@@ -380,15 +366,18 @@ with open(folder / "summary.csv", "w", newline="") as file:
 PYTHON
 }
 
-# What is drawn or written for people: report RUN, film RUN, export TASK DATASET N FOLDER,
-# labels TASK SEED SHARE CSV, sensitivity FOLDER, front PNG.
+# What is drawn or written for people, with the Python that is named first: "results RUN FLAGS" and
+# "export FOLDER FLAGS" for prefine.py, FLAGS in JSON; "report RUN"; "labels TASK SEED SHARE CSV";
+# "sensitivity FOLDER"; "front PNG".
 draw() {
   # Not "python -", whose workers would look for a file of that name.
-  .venv/bin/python -c 'import sys; exec(sys.stdin.read())' "$@" <<'PYTHON'
+  "$1" -c 'import sys; sys.path[0] = sys.argv.pop(1); exec(sys.stdin.read())' "$folder" "${@:2}" <<'PYTHON'
+import argparse
 import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -523,8 +512,11 @@ def draw_paths(axes, env_id, episodes):
         axes.plot(*10 * observations[:, :2].T, color=colour, lw=0.8)  # they begin with x/10, y/10
     shade, border = (axes.axvspan, 6) if task[1] == "Circle" else (axes.axhspan, 2)
     axes.margins(0.08)
-    low, high, *rest = axes.axis()
-    view = [min(low, -7), max(high, 7), *rest] if task[1] == "Circle" else axes.axis()
+    low, high, low_y, high_y = axes.axis()
+    if task[1] == "Circle":
+        view = [min(low, -7), max(high, 7), low_y, high_y]
+    else:
+        view = [low, high, min(low_y, -2.6), max(high_y, 2.6)]
     for sign in (-1, 1):
         shade(sign * border, sign * 1000, color="0.88", lw=0)
     axes.axis(view)
@@ -540,28 +532,86 @@ def write_events(run, metrics):
         return print("no event files: pip install tensorboard.")
     for old in run.glob("events.out.tfevents.*"):
         old.unlink()
-    update = 0
     with SummaryWriter(run) as writer:
-        for stage in "pretrain", "finetune":
-            for line in (run / f"{stage}.jsonl").read_text().splitlines():
-                row = json.loads(line)
-                update = row.pop("update")
-                for name, value in row.items():
-                    kind, _, rest = name.partition("/")
-                    name = f"losses/{stage}/{rest}" if kind == "losses" else f"charts/{name}"
-                    writer.add_scalar(name, value, update)
-        for step, part in (0, "pretrained"), (update, "finetuned"):
-            for name, value in metrics[part].items():
-                if not isinstance(value, list):
-                    writer.add_scalar(f"eval/{name}", value, step)
+        points = list(curves(run))
+        for name, update, value in [*points, *evaluations(metrics, points[-1][1])]:
+            writer.add_scalar(name, value, update)
+
+
+def read(run):
+    """The flags and the metrics of a run that has ended."""
+    if not (run / "metrics.json").exists():
+        stop(f"{run} has no metrics.json: name the folder of a run that has ended.")
+    return [json.loads((run / name).read_text()) for name in ("config.json", "metrics.json")]
+
+
+def curves(run):
+    """Each value of the training curves: (its name, update, value)."""
+    for stage in "pretrain", "finetune":
+        for line in (run / f"{stage}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            update = row.pop("update")
+            for name, value in row.items():
+                kind, _, rest = name.partition("/")
+                yield f"losses/{stage}/{rest}" if kind == "losses" else f"charts/{name}", update, value
+
+
+def evaluations(metrics, update):
+    """Each number of the evaluation, before and after fine-tuning: (its name, update, value)."""
+    for step, part in (0, "pretrained"), (update, "finetuned"):
+        for name, value in metrics[part].items():
+            if not isinstance(value, list):
+                yield f"eval/{name}", step, value
+
+
+def results(run, flags):
+    """What prefine.py has drawn of a run that has ended, by its flags."""
+    flags = json.loads(flags)
+    if not (Path(run) / "report.png").exists():
+        report(run)
+    if flags["capture_video"]:
+        film(run)
+    if flags["track"]:
+        track(run)
+
+
+def track(run):
+    """The run in Weights & Biases, as the curves and the evaluation say."""
+    try:
+        import wandb
+    except ImportError:
+        stop("--track: wandb is missing; pip install wandb, then the same command logs the run.")
+    run = Path(run)
+    config, metrics = read(run)
+    steps = {}
+    points = list(curves(run))
+    for name, update, value in [*points, *evaluations(metrics, points[-1][1])]:
+        steps.setdefault(update, {})[name] = value
+    try:
+        with wandb.init(project="prefine", name=run.name, config=config, dir=run) as log:
+            for update in sorted(steps):
+                log.log(steps[update], step=update)
+    except wandb.errors.Error as error:
+        stop(f"--track: {error} WANDB_MODE=offline needs no account.")
+
+
+def evaluation_episodes(run, args, policies):
+    """The episodes of the evaluation, before and after: what the run still has, else again."""
+    policies = [policies["before"], policies["after"]]
+    seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(args.eval_episodes)]
+    actors = [functools.partial(prefine.policy_actor, p, args.eval_sample) for p in policies]
+    jobs = [(actor, seed) for actor in actors for seed in seeds]
+    kept = [run / "resume" / f"evaluate-{i}.npz" for i in range(len(jobs))]
+    if kept[-1].exists():
+        found = [prefine.run_episode(args.env, *job, path) for job, path in zip(jobs, kept)]
+    else:
+        found = prefine.run_episodes(args.env, jobs, os.cpu_count(), "evaluate")
+    return {"before": found[: len(seeds)], "after": found[len(seeds) :]}
 
 
 def report(run):
     run = Path(run)
-    if not (run / "metrics.json").exists():
-        stop(f"{run} has no metrics.json: name the folder of a run that has ended.")
-    config = json.loads((run / "config.json").read_text())
-    metrics = json.loads((run / "metrics.json").read_text())
+    config, metrics = read(run)
     args, dataset, preferences = load(config)
     policies = {name: prefine.load_policy(run / file) for name, file in POLICIES.items()}
     values = margins(policies["after"], policies["before"], dataset, preferences)
@@ -572,9 +622,7 @@ def report(run):
     if Figure is None:
         return print("no report.png: pip install matplotlib.")
 
-    seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(4)]  # as in the evaluation
-    actors = {k: functools.partial(prefine.policy_actor, p, False) for k, p in policies.items()}
-    episodes = {k: [prefine.run_episode(args.env, a, s) for s in seeds] for k, a in actors.items()}
+    episodes = evaluation_episodes(run, args, policies)
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     panels = figure.subplot_mosaic([["plane", "paths", "costs"], ["plane", "curves", "margins"]])
     plane, returns = panels["plane"], dataset.sums(dataset.rewards)
@@ -594,14 +642,15 @@ def report(run):
     for (name, part), marker in zip(episodes.items(), "sD"):
         sums = [[e[key].sum() for e in part] for key in ("costs", "rewards")]
         style = dict(color=COLOURS[name], edgecolors="k", linewidths=0.7, zorder=3)
-        plane.scatter(*sums, s=55, marker=marker, label=f"policy, {name} fine-tuning", **style)
+        plane.scatter(*sums, s=40, marker=marker, label=f"policy, {name} fine-tuning", **style)
     plane.axvline(args.cost_limit, color="k", ls="--", lw=1, label=f"limit {args.cost_limit:g}")
     plane.set(title="Episodes", xlabel="cost return", ylabel="return")
 
-    shown = [(e, COLOURS[name]) for name, part in episodes.items() for e in part]
+    shown = [(e, COLOURS[name]) for name, part in episodes.items() for e in part[:5]]
     paths = panels["paths"]
     if draw_paths(paths, args.env, [(e["observations"], colour) for e, colour in shown]):
-        paths.set(title="Paths from above; grey is unsafe")
+        speed = ", and speed too" * ("Run" in args.env)
+        paths.set(title=f"Paths from above; grey is unsafe{speed}")
     else:
         for episode, colour in shown:
             paths.plot(episode["costs"].cumsum(), color=colour, lw=1)
@@ -609,27 +658,29 @@ def report(run):
     for name in episodes:
         paths.plot([], color=COLOURS[name], label=f"{name} fine-tuning")
 
-    curve = [json.loads(line) for line in (run / "finetune.jsonl").read_text().splitlines()]
     held = "heldout" if any(name.startswith("heldout") for name in values) else "train"
-    curves, updates = panels["curves"], [row["update"] for row in curve]
-    accuracy = curves.twinx()
+    after = [x for name, x in values.items() if name.startswith(held)]
+    bins = np.histogram_bin_edges(np.concatenate(after), 30)
+    curve = [json.loads(line) for line in (run / "finetune.jsonl").read_text().splitlines()]
+    lines, updates = panels["curves"], [row["update"] for row in curve]
+    accuracy = lines.twinx()
     for i, pair in enumerate(prefine.PAIRS):
         label, colour = pair.replace("_", " > "), ("#56B4E9", "#CC79A7", "#8C6D31")[i]
-        for axes, kind, line in (curves, "margin", "-"), (accuracy, "accuracy", ":"):
+        for axes, kind, line in (lines, "margin", "-"), (accuracy, "accuracy", ":"):
             axes.plot(updates, [row[f"{kind}/{held}/{pair}"] for row in curve], line, c=colour)
-        curves.plot([], c=colour, label=label)
+        lines.plot([], c=colour, label=label)
         x = values[f"{held}/{pair}"]
         style = dict(histtype="step", lw=1.8, color=colour, label=label)
-        panels["margins"].hist(x, 20, weights=np.full(len(x), 1 / len(x)), **style)
-    curves.plot(updates, [row[f"kl/{held}"] for row in curve], "k--", label="KL to the reference")
-    curves.set(title=f"Fine-tuning, {held} labels", xlabel="update", ylabel="margin, KL (nats per step)")
+        panels["margins"].hist(x, bins, weights=np.full(len(x), 1 / len(x)), **style)
+    lines.plot(updates, [row[f"kl/{held}"] for row in curve], "k--", label="KL to the reference")
+    lines.set(title=f"Fine-tuning, {held.replace('dout', 'd-out')} labels", xlabel="update", ylabel="margin, KL (nats per step)")
     accuracy.set(ylabel="preference accuracy (dotted)", ylim=(0, 1.05))
     panels["margins"].axvline(0, color="k", ls="--", lw=1, label="before: all 0")
-    title = f"Implicit margins after, {held} labels"
+    title = f"Implicit margins after, {held.replace('dout', 'd-out')} labels"
     panels["margins"].set(title=title, xlabel="nats per step", ylabel="share")
     for axes in panels.values():
         if axes.get_legend_handles_labels()[0]:
-            place = "center right" if axes is curves else "best"
+            place = "center right" if axes is lines else "best"
             axes.legend(fontsize=7, framealpha=0.6, loc=place)
     task = args.env.split("-")[0].removesuffix("Gymnasium")
     data = Path(args.dataset).name
@@ -637,16 +688,16 @@ def report(run):
     save(figure, run / "report.png")
 
 
-def export(task, dataset, count, folder):
+def export(folder, flags):
     """What a person needs to label episodes: labels.csv to fill in, and episodes.png."""
-    folder = Path(folder)
+    folder, args = Path(folder), argparse.Namespace(**json.loads(flags))
     if (folder / "labels.csv").exists():
         stop(f"{folder}/labels.csv exists, and may hold somebody's work: move it away.")
-    args = prefine.parse_args(["--env", task, "--dataset", dataset])
-    args.env = prefine.resolve_env(task)
     env = prefine.import_simulators().make(args.env)
     data = prefine.load_dataset(prefine.find_dataset(args, env), env, with_costs=False)
-    chosen = np.random.default_rng(0).permutation(len(data.ends))[: int(count)]
+    if args.export_episodes > len(data.ends):
+        stop(f"--export-episodes {args.export_episodes}: the data have {len(data.ends)} episodes.")
+    chosen = np.random.default_rng(args.seed).permutation(len(data.ends))[: args.export_episodes]
     returns, lines = data.sums(data.rewards), ["episode,label,length,return"]
     scale = data.observations.std(0).numpy() + 1e-6
     figure = Figure and Figure(figsize=(14, 2.6 * -(-len(chosen) // 5)), layout="constrained")
@@ -670,37 +721,46 @@ def export(task, dataset, count, folder):
 
 
 def film(run):
-    """before.gif and after.gif: the first episode of the evaluation, every fourth step."""
-    import imageio
-
+    """before.gif and after.gif."""
+    os.environ.setdefault("MUJOCO_GL", "egl")  # rendering without a screen
     run = Path(run)
-    if not (run / "metrics.json").exists():
-        stop(f"{run} has no metrics.json: name the folder of a run that has ended.")
-    config = json.loads((run / "config.json").read_text())
+    config, _ = read(run)
     for name, file in POLICIES.items():
-        frames, policy = [], prefine.load_policy(run / file)
-
-        def actor(env, seed, frames=frames, policy=policy):
-            act, inner = prefine.policy_actor(policy, False, env, seed), env.unwrapped
-            steps, inner.render_mode = itertools.count(), "rgb_array"
-            options = {} if "Gymnasium" in config["env"] else {"mode": "rgb_array"}
-            if hasattr(inner, "render_parameters"):
-                inner.render_parameters.mode = "rgb_array"
-
-            def act_on_camera(observation):
-                if next(steps) % 4 == 0:
-                    frames.append(np.asarray(inner.render(**options), np.uint8))
-                return act(observation)
-
-            return act_on_camera
-
         try:
-            prefine.run_episode(config["env"], actor, (1000 * (config["seed"] + 1000)) % 2**32)
+            save_film(prefine.load_policy(run / file), config, run / f"{name}.gif")
         except (AttributeError, ImportError, RuntimeError) as error:
             stop(f"no video: this machine cannot render without a screen ({error!r:.90}).")
-        save_gif = functools.partial(imageio.mimsave, ims=frames, format="gif", duration=80, loop=0)
-        prefine.write(run / f"{name}.gif", lambda f, save_gif=save_gif: save_gif(f))
-        print(f"wrote {run}/{name}.gif, {len(frames)} frames")
+
+
+def save_film(policy, config, path):
+    """The first episode of the evaluation, every fourth step."""
+    import imageio
+
+    frames, simulators = [], []
+
+    def make_actor(env, seed):
+        act, inner = prefine.policy_actor(policy, config["eval_sample"], env, seed), env.unwrapped
+        simulators.append(inner)
+        steps, options = itertools.count(), {"mode": "rgb_array"}
+        if hasattr(inner, "render_parameters"):  # of Safety-Gymnasium's goals and buttons
+            inner.render_parameters.mode, options = "rgb_array", {}
+            inner.render_parameters.camera_name = "fixedfar"
+        elif "Gymnasium" in config["env"]:  # its velocity tasks
+            inner.render_mode, options = "rgb_array", {}
+
+        def act_on_camera(observation):
+            if next(steps) % 4 == 0:
+                frames.append(np.array(inner.render(**options), np.uint8))
+            return act(observation)
+
+        return act_on_camera
+
+    prefine.run_episode(config["env"], make_actor, (1000 * (config["seed"] + 1000)) % 2**32)
+    if hasattr(simulators[0], "render_parameters"):
+        simulators[0].task.viewer.free()  # it complains if it lives until Python ends
+    save_gif = functools.partial(imageio.mimsave, ims=frames, format="gif", duration=80, loop=0)
+    prefine.write(path, save_gif)
+    print(f"wrote {path}, {len(frames)} frames")
 
 
 def labels(task, seed, share, path):
@@ -768,6 +828,19 @@ def sensitivity(folder):
         save(figure, Path(folder) / f"{study}.png")
 
 
+MARKS = {  # method: marker, its size, colour; the last is drawn on top
+    "pretrained": ("X", 9, "#E69F00"),
+    "bc-safe": ("o", 8, "#009E73"),
+    "dpo": ("s", 8, "#D55E00"),
+    "cpl": ("D", 7, "#CC79A7"),
+    "no-preferred": ("^", 8, "#999999"),
+    "no-dispreferred": ("v", 8, "#999999"),
+    "no-imitation": ("<", 8, "#999999"),
+    "no-return-weight": (">", 8, "#F0E442"),
+    "prefine": ("*", 14, "#0072B2"),
+}
+
+
 def front(path):
     """Reward-cost fronts of the methods, normalised, a panel per task."""
     found = {}
@@ -784,32 +857,40 @@ def front(path):
             found.setdefault(task, {}).setdefault(method, []).append(point)
     if not found or Figure is None:
         stop("runs/TASK__METHOD__SEED/metrics.json and matplotlib are needed, one is missing.")
-    figure = Figure(figsize=(3.6 * len(found), 4.4), layout="constrained")
-    methods = sorted({method for part in found.values() for method in part})
-    styles = dict(zip(methods, itertools.product("osD^vP", ["#0072B2", "#D55E00", "#009E73"])))
-    styles |= {"prefine": ("*", "#0072B2"), "pretrained": ("X", "#E69F00")}
-    for axes, (task, part) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
-        for method in sorted(part):
-            marker, colour = styles[method]
+    rows = -(-(len(found) + 1) // 3)  # the last place is the legend's
+    figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3).ravel()
+    for axes, (task, part) in zip(panels, found.items()):
+        for method, (marker, size, colour) in MARKS.items():
+            if method not in part:
+                continue
             points = np.array(part[method])
             (x, left, right), (y, low, high) = boot(points[:, 0]), boot(points[:, 1])
             errors = dict(xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]])
-            style = dict(marker=marker, color=colour, lw=0, elinewidth=1, label=method)
-            size = 14 if method == "prefine" else 8
-            axes.errorbar([x], [y], **errors, **style, ms=size, markeredgecolor="k")
+            style = dict(marker=marker, ms=size, color=colour, lw=0, elinewidth=1, markeredgecolor="k")
+            axes.errorbar([x], [y], **errors, **style)
         axes.axvline(1, color="k", ls="--", lw=1)
         axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(-0.3, max(12, 1.3 * axes.get_xlim()[1]))
+        axes.set_xticks([0, 1, 10], ["0", "1", "10"])
         axes.set(title=task, xlabel="normalised cost (limit: 1)", ylabel="normalised return")
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
+    for axes in panels[len(found) :]:
+        axes.axis("off")
+    marks = [
+        panels[-1].plot([], [], marker, color=colour, markeredgecolor="k", ms=size, label=method)[0]
+        for method, (marker, size, colour) in MARKS.items()
+    ]
+    panels[-1].legend(handles=marks, loc="center", title="mean, 95 % interval over seeds")
     save(figure, Path(path))
 
 
 try:
-    verbs = dict(report=report, export=export, film=film, labels=labels, front=front)
+    verbs = dict(results=results, report=report, export=export, labels=labels, front=front)
     (verbs | dict(sensitivity=sensitivity))[sys.argv[1]](*sys.argv[2:])
 except (prefine.UserError, OSError) as error:
     stop(error)
+except KeyboardInterrupt:
+    sys.exit(130)
 PYTHON
 }
 
@@ -817,10 +898,7 @@ PYTHON
 
 case ${1:-} in
   setup) setup ;;
-  demo)
-    setup
-    demo "${@:2}"
-    ;;
+  demo) setup; exec .venv/bin/python prefine.py --env OfflineBallCircle --dataset scripted "${@:2}" ;;
   test) setup; exec .venv/bin/python -m pytest -q test_prefine.py "${@:2}" ;;
   bench)
     setup
@@ -834,13 +912,14 @@ case ${1:-} in
   summary) setup; summary "${2:-runs}" ;;
   task) task "$2" ;; # for --slurm
   sensitivity) setup; sensitivity "${@:2}" ;;
-  report | film | front)
+  report | front)
     [ $# -eq 2 ] || fail "$1 takes one name: of the folder of a run that has ended, or for front, of a PNG file."
-    setup; draw "$1" "$2"
+    setup; draw .venv/bin/python "$1" "$2"
     ;;
-  export)
-    [ $# -eq 5 ] || fail "export takes a task, a data set as for --dataset, a number and a folder."
-    setup; draw "$@"
+  draw) # for prefine.py
+    if [[ $3 != results || ! -e $4/report.png || $5 =~ '"capture_video": true'|'"track": true' ]]; then
+      draw "${@:2}"
+    fi
     ;;
   -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh ;;
   '' | -*) experiments "$@" ;;

@@ -1236,7 +1236,7 @@ MEASURED = """return_mean return_ci95 cost_mean cost_ci95 normalized_return norm
 violation_rate violation_rate_ci95 failure_rate failure_rate_ci95 cost_max episodes"""
 BALL_RUN = """--env OfflineBallCircle --dataset scripted --scripted-episodes 24 --preferred 4
 --dispreferred 3 --hidden 32 --pretrain-updates 300 --finetune-updates 300 --eval-episodes 2
---pretrain-top 0.3 --seed 1"""
+--pretrain-top 0.3 --seed 1 --no-report"""
 
 
 @pytest.fixture(scope="module")
@@ -1593,7 +1593,7 @@ def swimmer(tmp_path_factory):
 
 
 SWIMMER_RUN = """--env OfflineSwimmerVelocity --preferred 3 --dispreferred 3 --hidden 32
---pretrain-updates 200 --finetune-updates 200 --eval-episodes 2 --workers 2"""
+--pretrain-updates 200 --finetune-updates 200 --eval-episodes 2 --workers 2 --no-report"""
 
 
 def test_a_whole_run_in_safety_gymnasium(swimmer, tmp_path):
@@ -1683,12 +1683,13 @@ def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run
     python.chmod(0o755)
     checksum = "sed -n '/^# \\/\\/\\/ script$/,/^# \\/\\/\\/$/p' prefine.py | cksum"
     line = f'echo "$({checksum}) 3.11" > .venv/stamp && bash run_all.sh '
-    for verb in f"demo {BALL_RUN} --run-dir runs/one", "summary":
+    flags = BALL_RUN.replace("--no-report", "--run-dir runs/one")
+    for verb in f"demo {flags}", "summary":
         command = ["bash", "-c", line + verb.replace("\n", " ")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=here)
         assert done.returncode == 0, done.stderr
     found, expected = metrics(here / "runs" / "one"), metrics(ball_run[0])
-    assert (here / "runs" / "one" / "report.png").exists()  # the demo draws it, and adds to "data"
+    assert (here / "runs" / "one" / "report.png").exists()  # drawing it adds to "data"
     found["data"] = {key: found["data"][key] for key in expected["data"]}
     assert found == expected
     assert "OfflineBallCircle (scripted, limit 10) | prefine | 1" in done.stdout
@@ -1718,10 +1719,12 @@ def read_png(path):
 
 @pytest.fixture(scope="module")
 def reported(ball_run, tmp_path_factory):
+    """A complete run, asked for what is drawn of it."""
     folder = tmp_path_factory.mktemp("reported") / "run"
     shutil.copytree(ball_run[0], folder)
-    done = run_all("report", folder)
-    assert done.returncode == 0, done.stderr
+    flags = BALL_RUN.replace("--no-report", "--capture-video").split()
+    done = command(*flags, "--run-dir", folder, cwd=folder.parent)
+    assert done.returncode == 0 and "complete" in done.stdout, done.stderr
     return folder
 
 
@@ -1772,37 +1775,52 @@ def test_a_report_twice_gives_the_same(reported, tmp_path):
     assert len(list((tmp_path / "again").glob("events.out.*"))) == 1
 
 
-def test_a_video_of_the_policy_before_and_after(ball_run, tmp_path):
+def test_a_video_of_the_policy_before_and_after(reported):
     from PIL import Image
 
-    shutil.copytree(ball_run[0], tmp_path / "run")
-    done = run_all("film", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
     for name in "before", "after":
-        with Image.open(tmp_path / "run" / f"{name}.gif") as video:
+        with Image.open(reported / f"{name}.gif") as video:
             assert video.n_frames > 10 and video.size[0] > 100
 
 
+def test_without_the_packages_that_draw_there_is_a_sentence_for_each(ball_run, tmp_path):
+    folder, missing = tmp_path / "run", tmp_path / "missing"
+    shutil.copytree(ball_run[0], folder)
+    for name in "matplotlib", "tensorboard", "wandb":
+        (missing / name).mkdir(parents=True)
+        (missing / name / "__init__.py").write_text(f"raise ImportError('no {name}')")
+    flags = BALL_RUN.replace("--no-report", "--track").split()
+    path = os.environ | {"PYTHONPATH": str(missing)}
+    done = command(*flags, "--run-dir", folder, env=path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for name in "matplotlib", "tensorboard", "wandb":
+        assert f"pip install {name}" in done.stdout + done.stderr
+    assert not (folder / "report.png").exists() and not list(folder.glob("events.*"))
+    assert "divergence_bits" in metrics(folder)["data"]  # what is measured needs no picture
+
+
 def test_what_a_person_needs_to_label_episodes_is_written_once(ball_run, tmp_path):
-    folder = tmp_path / "label"
-    done = run_all("export", "OfflineBallCircle", "scripted", 6, folder)
+    line = "--env OfflineBallCircle --dataset scripted --scripted-episodes 24 --run-dir label"
+    done = command(*line.split(), "--export-episodes", 6, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    folder = tmp_path / "label"
     lines = (folder / "labels.csv").read_text().splitlines()
     assert lines[0] == "episode,label,length,return" and len(lines) == 7
     assert read_png(folder / "episodes.png").shape[0] > 200
-    again = run_all("export", "OfflineBallCircle", "scripted", 6, folder)
-    assert again.returncode == 2 and "exists" in again.stderr and "Traceback" not in again.stderr
+    for number, reason in (6, "exists"), (25, "have 24 episodes"):
+        again = command(*line.split(), "--export-episodes", number, cwd=tmp_path)
+        assert again.returncode == 2 and reason in again.stderr and again.stderr.count("\n") == 1
+        line = line.replace("label", "other")
     filled = [lines[0]]
-    for i, line in enumerate(lines[1:]):
-        filled.append(line.replace(",,", f",{prefine.LABELS[i % 2]},"))
+    for i, row in enumerate(lines[1:]):
+        filled.append(row.replace(",,", f",{prefine.LABELS[i % 2]},"))
     (folder / "labels.csv").write_text("\n".join(filled))
-    found = prefine.read_preferences(folder / "labels.csv", 300)
+    found = prefine.read_preferences(folder / "labels.csv", 24)
     assert len(found["preferred"]) == len(found["dispreferred"]) == 3
 
 
-@pytest.mark.parametrize("verb", ["report", "film"])
-def test_a_picture_of_what_is_no_run_gets_one_sentence(verb, tmp_path):
-    done = run_all(verb, tmp_path)
+def test_a_picture_of_what_is_no_run_gets_one_sentence(tmp_path):
+    done = run_all("report", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr
 
