@@ -224,6 +224,7 @@ settings() {
   for share in 0.1 0.2 0.3; do
     echo "wrong $share --preferences labels"
     echo "smoothed $share --preferences labels --smoothing $share"
+    echo "unweighted $share --preferences labels --return-weight 0"
   done
   for n in 0.01 0.2 1 5; do echo "beta $n --beta $n"; done
   for n in 0 0.5 1 4; do echo "retention $n --return-weight $n"; done
@@ -805,19 +806,22 @@ def sensitivity(folder):
     if not tasks or Figure is None:
         stop(f"{folder}/*/metrics.json and matplotlib are needed, one is missing.")
     for study, (axis, default) in STUDIES.items():
-        names = {study: "#0072B2"} | ({"smoothed": "#D55E00"} if study == "wrong" else {})
+        names = {study: ("#0072B2", "o", "default flags")}
+        if study == "wrong":
+            names["smoothed"] = "#D55E00", "s", "with label smoothing of that share"
+            names["unweighted"] = "#009E73", "^", "with --return-weight 0"
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         panels = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
         for column, task in zip(panels.T, tasks):
             for axes, key in zip(column, ("return_mean", "cost_mean")):
-                for shift, (name, colour) in enumerate(names.items()):
+                for shift, (name, (colour, marker, text)) in enumerate(names.items()):
                     rows = {v: s for (t, n, v), s in found.items() if (t, n) == (task, name)}
-                    rows[default] = found[task, "default", "-"]
+                    none = (task, "retention", "0") if name == "unweighted" else (task, "default", "-")
+                    rows[default] = found[none]
                     order = sorted(rows, key=lambda v: (v[2:], float(v.split("-")[0])))
                     mean, low, high = np.array([boot(rows[v][key]) for v in order]).T
                     x = np.arange(len(order)) + 0.08 * shift
-                    text = "with label smoothing of that share" if shift else "default flags"
-                    style = dict(fmt="o-", color=colour, capsize=3, label=text)
+                    style = dict(fmt=f"{marker}-", color=colour, capsize=3, label=text)
                     axes.errorbar(x, mean, [mean - low, high - mean], **style)
                 axes.set_xticks(np.arange(len(order)), order)
                 axes.set_ylim(min(0, axes.get_ylim()[0]), None)
