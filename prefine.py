@@ -13,8 +13,6 @@
 # ///
 """PREFINE: make a reward-trained policy safe from a handful of labelled trajectories.
 
-    python prefine.py --env OfflineBallCircle --dataset scripted
-
 A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe) or
 dispreferred. A counterfactual keeps a trajectory's states s and replaces its actions a by samples
 c ~ pi(.|s). With h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
@@ -33,7 +31,6 @@ import csv
 import dataclasses
 import difflib
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -49,6 +46,7 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -95,27 +93,28 @@ METHODS = {  # corners of one flag space: same network, data, updates and evalua
 }
 
 
-def at_least(low, kind, text):
-    """An argparse type, once low and kind are given: a finite number >= low, which NaN is not."""
-    if not low <= kind(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"needs a number of at least {low}, found {text}")
-    return kind(text)
+def between(low, high, kind, text):
+    """An argparse type, once all but the text are given: a number in [low, high], not NaN."""
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"needs {kind.__name__} in [{low:g}, {high:g}], found {text}")
 
 
 def parse_args(argv=None):
     """Flags to a namespace; ``parse_args([])`` is every default, for use from Python."""
     usage, about = "prefine.py --env ENV [flags, see --help]", __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("prefine.py", usage, about, allow_abbrev=False)
-    parser.error = functools.partial(require, False)  # main() prints it, as any other bad input
-    whole, count, pair = (functools.partial(at_least, low, int) for low in (0, 1, 2))
-    weight, rate = (functools.partial(at_least, low, float) for low in (0.0, 1e-9))
+    parser.error = partial(require, False)  # main() prints it, as any other bad input
+    whole, count, pair = (partial(between, low, 1e18, int) for low in (0, 1, 2))
+    weight, rate, share = (partial(between, *x, float) for x in [(0, 1e9), (1e-9, 1e9), (0, 1)])
 
     def flag(section, name, default, kind, text, **options):
         options |= {"action": "store_true"} if kind is bool else {"type": kind}
-        text += "" if default in (None, False) else " (default: %(default)s)"
+        text += "" if default is None or kind is bool else " (default: %(default)s)"
         section.add_argument(name, default=default, help=text, **options)
 
-    add = functools.partial(flag, parser.add_argument_group("run"))
+    add = partial(flag, parser.add_argument_group("run"))
     add("--env", None, str, "DSRL task, such as OfflineCarButton1 (required)")
     add("--method", "prefine", str, "preset; other flags still apply", choices=METHODS)
     add("--seed", 0, whole, "seed of everything random")
@@ -124,32 +123,32 @@ def parse_args(argv=None):
     add("--workers", os.cpu_count(), count, "parallel simulator processes")
     add("--run-dir", None, str, "results (default: runs/ENV__METHOD__SEED__DIGEST)")
     add("--no-resume", False, bool, "run again even if the run folder holds results")
-    add("--no-report", False, bool, "draw no report.png, write no event files for TensorBoard")
+    add("--no-report", False, bool, "draw and track nothing, measure no contrast of the labels")
     add("--capture-video", False, bool, "draw before.gif and after.gif as well")
     add("--track", False, bool, "log the run to Weights & Biases when it ends")
-    add = functools.partial(flag, parser.add_argument_group("data"))
+    add = partial(flag, parser.add_argument_group("data"))
     add("--dataset", "dsrl", str, "dsrl, scripted, or an HDF5 file in DSRL's format")
     add("--scripted-episodes", 300, count, "episodes of the scripted data set")
     add("--cost-limit", None, weight, "highest safe cost return (default: DSRL's 10 or 20)")
-    add = functools.partial(flag, parser.add_argument_group("preferences"))
+    add = partial(flag, parser.add_argument_group("preferences"))
     add("--preferred", 40, count, "preferred trajectories, drawn from the safe ones")
     add("--dispreferred", 40, count, "dispreferred trajectories, drawn from the unsafe")
     add("--preferences", None, str, "CSV file of episode,label; no cost is needed then")
     add("--export-episodes", None, count, "write this many for a person to label, and end")
-    add = functools.partial(flag, parser.add_argument_group("policy and pre-training"))
+    add = partial(flag, parser.add_argument_group("policy and pre-training"))
     add("--policy", None, str, "checkpoint of a trained policy; skips pre-training")
     add("--hidden", [256, 256], count, "sizes of the hidden layers", nargs="+")
     add("--batch-size", 512, pair, "transitions per update; half from each set in fine-tuning")
     add("--pretrain-updates", 2000, whole, "updates of the reward-only pre-training")
-    add("--pretrain-top", 0.2, rate, "share of episodes, best by return, to imitate")
+    add("--pretrain-top", 0.2, share, "share of episodes, best by return, to imitate")
     add("--pretrain-lr", 1e-3, rate, "Adam's learning rate, with a cosine decay to 0")
-    add = functools.partial(flag, parser.add_argument_group("fine-tuning"))
+    add = partial(flag, parser.add_argument_group("fine-tuning"))
     add("--finetune-updates", 1000, whole, "updates of the fine-tuning")
     add("--finetune-lr", 3e-4, rate, "Adam's learning rate, with a cosine decay to 0")
     add("--segment", 1, count, "consecutive steps whose sum of log-ratios is contrasted")
     add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
     add("--bias", 1.0, weight, "of the loser in preferred > dispreferred; below 1 as in CPL")
-    add("--smoothing", 0.0, weight, "share of labels that the DPO loss takes to be wrong")
+    add("--smoothing", 0.0, share, "share of labels that the DPO loss takes to be wrong")
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
@@ -158,7 +157,7 @@ def parse_args(argv=None):
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
     add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
     add("--return-weight", 2.0, weight, "w = n softmax(this * return / std of returns)")
-    add = functools.partial(flag, parser.add_argument_group("evaluation"))
+    add = partial(flag, parser.add_argument_group("evaluation"))
     add("--eval-episodes", 20, count, "simulated episodes, before and after")
     add("--eval-sample", False, bool, "sample actions instead of taking the mean")
     parser.set_defaults(**METHODS.get(parser.parse_known_args(argv)[0].method, {}))
@@ -166,7 +165,7 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------- simulators
-@functools.cache
+@cache
 def import_simulators():
     """Import gymnasium with every DSRL task registered, quietly, on Python 3.10 and 3.11."""
     os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
@@ -175,7 +174,7 @@ def import_simulators():
         for name, value in list(vars(cls or object).items()):
             if isinstance(value, np.ndarray):
                 setattr(cls, name, dataclasses.field(default_factory=value.copy))
-        return plain(cls, **options) if cls else functools.partial(dataclass, **options)
+        return plain(cls, **options) if cls else partial(dataclass, **options)
 
     with mock.patch("dataclasses.dataclass", dataclass):
         import dsrl.offline_bullet_safety_gym
@@ -236,7 +235,7 @@ def run_episodes(env_id, jobs, workers, title, folder=None):
     context = multiprocessing.get_context("forkserver")
     try:
         with ProcessPoolExecutor(min(workers, len(jobs)), context, follow_parent) as pool:
-            episodes = pool.map(functools.partial(run_episode, env_id), *zip(*jobs), paths)
+            episodes = pool.map(partial(run_episode, env_id), *zip(*jobs), paths)
             return list(progress(episodes, title, len(jobs), unit="episode"))
     except BrokenProcessPool:
         raise UserError(f"{title}: a worker was killed; try again with fewer --workers.") from None
@@ -323,10 +322,10 @@ def find_dataset(args, env):
     if args.dataset == "scripted":
         require(args.env in CONTROLLERS, f"--dataset scripted: {args.env} has none; {known} have.")
         path = path.with_name(f"{args.env}-scripted-{args.scripted_episodes}.hdf5")
-        make = functools.partial(collect, args.env, args.scripted_episodes, args.workers)
+        make = partial(collect, args.env, args.scripted_episodes, args.workers)
     else:
         urls = [url, f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"]
-        make = functools.partial(download, urls, check=lambda file: load_dataset(file, env))
+        make = partial(download, urls, check=lambda file: load_dataset(file, env))
     with lock(path.with_suffix(".lock")):  # of two processes, one makes the file
         if not path.exists():
             make(path)
@@ -527,7 +526,7 @@ def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
         rows.append({"update": done + size} | row | monitor())
         if path:
             state = policy.state_dict(), optimizer.state_dict(), generator.get_state(), rows
-            write(path, functools.partial(torch.save, state))
+            write(path, partial(torch.save, state))
     return rows
 
 
@@ -578,7 +577,7 @@ def read_preferences(path, episodes):
     """Labels from a CSV file with the columns ``episode,label``; UserError names a bad line."""
     found = {label: [] for label in LABELS}
     try:
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             for line, row in enumerate(csv.DictReader(file), 2):
                 episode, label = row.get("episode") or "", row.get("label")
                 valid = episode.isdecimal() and int(episode) < episodes and label in found
@@ -628,7 +627,7 @@ def joint_loss(preferred, dispreferred, kl, return_weight, args):
     log pi: they differ by a constant. Terms of weight 0 are left out.
     """
     (good, good_c), (bad, bad_c) = preferred, dispreferred
-    contrast = functools.partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
+    contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
     terms = {
         "contrast_preferred": lambda: return_weight * contrast(good, good_c),
         "contrast_dispreferred": lambda: contrast(bad_c, bad),
@@ -684,7 +683,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         pairs = zip(h.sum(1).split(size), c.sum(1).split(size))
         return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
 
-    monitor = functools.partial(preference_metrics, policy, reference, dataset, preferences)
+    monitor = partial(preference_metrics, policy, reference, dataset, preferences)
     return policy, optimise("finetune", policy, sample, losses, args, path, monitor)
 
 
@@ -718,7 +717,7 @@ def evaluate(policies, env, args, folder=None):
     from scipy import stats
 
     seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(args.eval_episodes)]
-    actors = [functools.partial(policy_actor, p, args.eval_sample) for p in policies.values()]
+    actors = [partial(policy_actor, p, args.eval_sample) for p in policies.values()]
     jobs = [(actor, seed) for actor in actors for seed in seeds]
     runs, results = run_episodes(args.env, jobs, args.workers, "evaluate", folder), {}
     env.unwrapped.set_target_cost(args.cost_limit)
@@ -790,6 +789,7 @@ def lock(path, sentence=None):
 def draw(verb, folder, args):
     """What is for people's eyes is drawn by run_all.sh, beside this file; its exit code."""
     script, flags = Path(__file__).with_name("run_all.sh"), json.dumps(vars(args))
+    require(script.exists(), f"{script}, which draws, is missing; --no-report does without.")
     return subprocess.run(["bash", script, "draw", sys.executable, verb, folder, flags]).returncode
 
 
@@ -802,12 +802,13 @@ def run_in_folder(args):
         return draw("export", args.run_dir or f"runs/{args.env}__labels", args)
     apart = ("run_dir", "workers", "no_resume", "no_report", "capture_video", "track")
     flags = {key: value for key, value in vars(args).items() if key not in apart}
+    flags["preferences"] = args.preferences and Path(args.preferences).read_text("utf-8", "replace")
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
-    config, results = folder / "config.json", folder / "metrics.json"
+    config, results, report = (folder / f for f in ("config.json", "metrics.json", "report.png"))
     with lock(folder / ".lock", f"--run-dir {folder}: another process is at work in it."):
         if args.no_resume:
-            for path in config, results, *(folder / "resume").glob("*"):
+            for path in config, results, report, *folder.glob("*.gif"), *folder.glob("resume/*"):
                 path.unlink(missing_ok=True)
         found = json.loads(config.read_text()) if config.exists() else flags
         other = ", ".join("--" + k.replace("_", "-") for k in flags if found.get(k) != flags[k])
@@ -816,12 +817,11 @@ def run_in_folder(args):
             print(f"{folder} is complete; --no-resume would run it again.")
         else:
             run(args, folder, flags)
-        if not args.no_report:
-            draw("results", folder, args)
+        code = 0 if args.no_report else draw("results", folder, args)
         shutil.rmtree(folder / "resume", ignore_errors=True)  # an interruption may have left it
         print_table(json.loads(results.read_text()))
         print(f"results in {folder}")
-        return 0
+        return code
 
 
 def run(args, folder, flags):
@@ -836,7 +836,7 @@ def run(args, folder, flags):
         seconds[stage] = time.monotonic() - start - sum(seconds.values())
         if policy:
             content = {"format": 1, "env": args.env, "state": policy.state_dict()}
-            write(folder / name, functools.partial(torch.save, content))
+            write(folder / name, partial(torch.save, content))
             write_json(folder / f"{stage}.jsonl", *curve)
 
     dataset = load_dataset(find_dataset(args, env), env, with_costs=not args.preferences)

@@ -17,8 +17,8 @@
 
 set -euo pipefail
 folder=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-# Slurm runs a copy of this file, in the folder of submission; prefine.py lets it draw, in any.
-if [ -e "$folder/prefine.py" ] && [ "${1:-}" != draw ]; then cd -- "$folder"; fi
+# Slurm runs a copy of this file, in the folder of submission; names of runs count from any.
+if [ -e "$folder/prefine.py" ] && [[ ! ${1:-} =~ ^(draw|report)$ ]]; then cd -- "$folder"; fi
 
 read -ra TASKS <<<"${TASKS:-OfflineBallCircle OfflineBallRun OfflineHalfCheetahVelocity OfflineCarButton1 OfflinePointGoal1}"
 read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo cpl no-preferred no-dispreferred no-imitation no-return-weight}"
@@ -259,8 +259,12 @@ sweep() {
 }
 
 sensitivity() {
-  local jobs=1 task seed
-  if [ "${1:-}" = -j ]; then jobs=$2; fi
+  local jobs task seed settings
+  case "${1:-}${2:-}" in
+    '') jobs=1 ;;
+    -j*) jobs="${1#-j}${2:-}" && check_jobs "$jobs" ;;
+    *) unknown "$1" ;;
+  esac
   for seed in "${SEEDS[@]:0:3}"; do
     for task in OfflineBallCircle OfflineBallRun; do
       [ -e "runs/${task}__prefine__$seed/finetuned.pt" ] ||
@@ -272,6 +276,9 @@ sensitivity() {
   # shellcheck disable=SC2016  # the inner bash expands $1 and $line
   sweep | xargs -P "$jobs" -I{} bash -c \
     'read -ra line <<<"$1"; setting "${line[@]}" || echo "$1 failed"' setting {}
+  settings=$(sweep | wc -l)
+  [ "$(find runs/sensitivity -name metrics.json | wc -l)" -ge "$settings" ] ||
+    fail "not all of the $settings settings ended, see runs/sensitivity/*/log; the same command goes on."
   draw .venv/bin/python sensitivity runs/sensitivity
 }
 
@@ -381,6 +388,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -419,7 +427,10 @@ def load(config):
     except prefine.UserError:
         dataset = prefine.load_dataset(path, env, with_costs=False)  # all that labels need
     if args.preferences:
-        preferences = prefine.read_preferences(args.preferences, len(dataset.ends))
+        with tempfile.NamedTemporaryFile("w") as file:  # the flags hold what the file held
+            file.write(args.preferences)
+            file.flush()
+            preferences = prefine.read_preferences(file.name, len(dataset.ends))
     else:
         counts = args.preferred, args.dispreferred, args.seed
         costs = dataset.sums(dataset.costs)
@@ -534,8 +545,7 @@ def write_events(run, metrics):
     for old in run.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(run) as writer:
-        points = list(curves(run))
-        for name, update, value in [*points, *evaluations(metrics, points[-1][1])]:
+        for name, update, value in scalars(run, metrics):
             writer.add_scalar(name, value, update)
 
 
@@ -557,23 +567,27 @@ def curves(run):
                 yield f"losses/{stage}/{rest}" if kind == "losses" else f"charts/{name}", update, value
 
 
-def evaluations(metrics, update):
-    """Each number of the evaluation, before and after fine-tuning: (its name, update, value)."""
-    for step, part in (0, "pretrained"), (update, "finetuned"):
+def scalars(run, metrics):
+    """The curves, and each number of the evaluation, before and after fine-tuning."""
+    points = list(curves(run))
+    for step, part in (0, "pretrained"), (points[-1][1] if points else 0, "finetuned"):
         for name, value in metrics[part].items():
             if not isinstance(value, list):
-                yield f"eval/{name}", step, value
+                points.append((f"eval/{name}", step, value))
+    return points
 
 
 def results(run, flags):
     """What prefine.py has drawn of a run that has ended, by its flags."""
-    flags = json.loads(flags)
-    if not (Path(run) / "report.png").exists():
-        report(run)
-    if flags["capture_video"]:
-        film(run)
-    if flags["track"]:
-        track(run)
+    flags, code = json.loads(flags), 0
+    missing = not (Path(run) / "report.png").exists()
+    for verb, wanted in (report, missing), (film, flags["capture_video"]), (track, flags["track"]):
+        try:
+            if wanted:
+                verb(run)
+        except SystemExit as error:  # with a sentence; what else is wanted is not lost
+            code = error.code
+    sys.exit(code)
 
 
 def track(run):
@@ -585,8 +599,7 @@ def track(run):
     run = Path(run)
     config, metrics = read(run)
     steps = {}
-    points = list(curves(run))
-    for name, update, value in [*points, *evaluations(metrics, points[-1][1])]:
+    for name, update, value in scalars(run, metrics):
         steps.setdefault(update, {})[name] = value
     try:
         with wandb.init(project="prefine", name=run.name, config=config, dir=run) as log:
@@ -619,7 +632,8 @@ def report(run):
     metrics["data"] |= measure(dataset, preferences, values)
     prefine.write_json(run / "metrics.json", metrics, indent=2)
     write_events(run, metrics)
-    warn(metrics["data"], values)
+    if args.finetune_updates:
+        warn(metrics["data"], values)
     if Figure is None:
         return print("no report.png: pip install matplotlib.")
 
@@ -668,7 +682,8 @@ def report(run):
     for i, pair in enumerate(prefine.PAIRS):
         label, colour = pair.replace("_", " > "), ("#56B4E9", "#CC79A7", "#8C6D31")[i]
         for axes, kind, line in (lines, "margin", "-"), (accuracy, "accuracy", ":"):
-            axes.plot(updates, [row[f"{kind}/{held}/{pair}"] for row in curve], line, c=colour)
+            values_now = [row[f"{kind}/{held}/{pair}"] for row in curve]
+            axes.plot(updates, values_now, line, c=colour, marker=".", ms=3)
         lines.plot([], c=colour, label=label)
         x = values[f"{held}/{pair}"]
         style = dict(histtype="step", lw=1.8, color=colour, label=label)
@@ -689,33 +704,51 @@ def report(run):
     save(figure, run / "report.png")
 
 
+def contact_sheet(env_id, data, chosen, returns):
+    """A panel per episode: its path, coloured by speed, or its observations over time."""
+    rows = -(-len(chosen) // 5)
+    figure = Figure(figsize=(14, 2.6 * rows), layout="constrained")
+    panels, views = figure.subplots(rows, 5, squeeze=False).ravel(), []
+    seen = [data.observations[data.rows([e])].numpy() for e in chosen]
+    speeds = [np.hypot(*np.diff(10 * x[:, :2], axis=0, append=np.nan).T) for x in seen]
+    scale, fastest = data.observations.std(0).numpy() + 1e-6, np.nanmax(np.concatenate(speeds))
+    for axes, e, observations, speed in zip(panels, chosen, seen, speeds):
+        if draw_paths(axes, env_id, [(observations, "0.6")]):
+            style = dict(c=speed, s=5, cmap="viridis", vmin=0, vmax=fastest, zorder=3)
+            views.append(axes.axis())
+            drawn, label = axes.scatter(*10 * observations[:, :2].T, **style), "m per step"
+        else:
+            style = dict(aspect="auto", vmin=-2, vmax=2, cmap="cividis")
+            drawn, label = axes.imshow((observations / scale).T, **style), "in standard deviations"
+            axes.set(xlabel="step", ylabel="observation")
+        axes.set_title(f"episode {e}, return {returns[e]:.4g}", fontsize=9)
+    for axes in panels[: len(views)]:  # on one scale
+        low, high = np.min(views, 0), np.max(views, 0)
+        axes.axis([low[0], high[1], low[2], high[3]])
+    for axes in panels[len(chosen) :]:
+        axes.axis("off")
+    figure.colorbar(drawn, ax=panels.tolist(), label=label)
+    return figure
+
+
 def export(folder, flags):
     """What a person needs to label episodes: labels.csv to fill in, and episodes.png."""
     folder, args = Path(folder), argparse.Namespace(**json.loads(flags))
-    if (folder / "labels.csv").exists():
-        stop(f"{folder}/labels.csv exists, and may hold somebody's work: move it away.")
+    for name, why in ("labels.csv", "may hold somebody's work"), ("config.json", "is of a run"):
+        if (folder / name).exists():
+            stop(f"{folder}/{name} exists, and {why}: name another folder with --run-dir.")
     env = prefine.import_simulators().make(args.env)
     data = prefine.load_dataset(prefine.find_dataset(args, env), env, with_costs=False)
     if args.export_episodes > len(data.ends):
         stop(f"--export-episodes {args.export_episodes}: the data have {len(data.ends)} episodes.")
     chosen = np.random.default_rng(args.seed).permutation(len(data.ends))[: args.export_episodes]
     returns, lines = data.sums(data.rewards), ["episode,label,length,return"]
-    scale = data.observations.std(0).numpy() + 1e-6
-    figure = Figure and Figure(figsize=(14, 2.6 * -(-len(chosen) // 5)), layout="constrained")
-    for i, e in enumerate(sorted(chosen)):
-        seen = data.observations[data.rows([e])].numpy()
-        lines.append(f"{e},,{len(seen)},{returns[e]:.4g}")
-        if figure is None:
-            continue
-        axes = figure.add_subplot(-(-len(chosen) // 5), 5, i + 1)
-        if not draw_paths(axes, args.env, [(seen, "k")]):
-            axes.imshow((seen / scale).T, aspect="auto", vmin=-2, vmax=2, cmap="cividis")
-            axes.set(xlabel="step", ylabel="observation")
-        axes.set_title(f"episode {e}, return {returns[e]:.4g}", fontsize=9)
-    if figure is None:
+    for e in sorted(chosen):
+        lines.append(f"{e},,{data.ends[e] - data.starts[e]},{returns[e]:.4g}")
+    if Figure is None:
         print("no episodes.png: pip install matplotlib.")
     else:
-        save(figure, folder / "episodes.png")
+        save(contact_sheet(args.env, data, sorted(chosen), returns), folder / "episodes.png")
     prefine.write(folder / "labels.csv", lambda f: f.write("\n".join([*lines, ""]).encode()))
     print(f"wrote {folder}/labels.csv: write preferred or dispreferred into its column 'label',")
     print("delete the lines that you leave open, and pass the file with --preferences.")
@@ -818,7 +851,7 @@ def sensitivity(folder):
                     rows = {v: s for (t, n, v), s in found.items() if (t, n) == (task, name)}
                     none = (task, "retention", "0") if name == "unweighted" else (task, "default", "-")
                     rows[default] = found[none]
-                    order = sorted(rows, key=lambda v: (v[2:], float(v.split("-")[0])))
+                    order = sorted(rows, key=lambda v: (v.partition("-")[2], float(v.partition("-")[0])))
                     mean, low, high = np.array([boot(rows[v][key]) for v in order]).T
                     x = np.arange(len(order)) + 0.08 * shift
                     style = dict(fmt=f"{marker}-", color=colour, capsize=3, label=text)
@@ -918,7 +951,8 @@ case ${1:-} in
   sensitivity) setup; sensitivity "${@:2}" ;;
   report | front)
     [ $# -eq 2 ] || fail "$1 takes one name: of the folder of a run that has ended, or for front, of a PNG file."
-    setup; draw .venv/bin/python "$1" "$2"
+    (cd -- "$folder" && setup)
+    draw "$folder/.venv/bin/python" "$1" "$2"
     ;;
   draw) # for prefine.py
     if [[ $3 != results || ! -e $4/report.png || $5 =~ '"capture_video": true'|'"track": true' ]]; then

@@ -528,6 +528,9 @@ def test_preferences_read_from_a_file_are_those_written(tmp_path):
     rows = [(3, "preferred"), (0, "dispreferred"), (7, "dispreferred"), (1, "preferred")]
     sets = prefine.read_preferences(write_preferences(tmp_path / "labels.csv", rows), 8)
     assert sets == {"preferred": [3, 1], "dispreferred": [0, 7]}
+    path = tmp_path / "labels.csv"  # a spreadsheet begins its file with a mark of the encoding
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert prefine.read_preferences(path, 8) == sets
 
 
 @pytest.mark.parametrize(
@@ -958,10 +961,10 @@ BAD = {  # what is wrong: the sentence, the file that has it (else a good one), 
         None,
         "--env OfflineAntVelocity --dataset scripted",
     ),
-    "0 preferred": ("--preferred: needs.*at least 1, found 0", None, "--preferred 0"),
-    "0 dispreferred": ("--dispreferred: needs.*at least 1", None, "--dispreferred 0"),
-    "a negative limit": ("--cost-limit: needs.*at least 0.*-1", None, "--cost-limit=-1"),
-    "no limit": ("--cost-limit: needs.*at least 0.*nan", None, "--cost-limit nan"),
+    "0 preferred": (r"--preferred: needs.*\[1, .*found 0", None, "--preferred 0"),
+    "0 dispreferred": (r"--dispreferred: needs.*\[1, ", None, "--dispreferred 0"),
+    "a negative limit": (r"--cost-limit: needs.*\[0, .*-1", None, "--cost-limit=-1"),
+    "no limit": (r"--cost-limit: needs.*\[0, .*nan", None, "--cost-limit nan"),
     "an infinite limit": ("--cost-limit: needs.*inf", None, "--cost-limit inf"),
     "an unknown flag": ("--nonsense", None, "--nonsense 1"),
     "a short flag": ("--be", None, "--be 1"),
@@ -973,7 +976,9 @@ BAD = {  # what is wrong: the sentence, the file that has it (else a good one), 
     "0 workers": ("--workers: needs", None, "--workers 0"),
     "0 episodes": ("--eval-episodes: needs", None, "--eval-episodes 0"),
     "half an update": ("--pretrain-updates: .*1.5", None, "--pretrain-updates 1.5"),
-    "a batch of 1": ("--batch-size: needs.*at least 2", None, "--batch-size 1"),
+    "a batch of 1": (r"--batch-size: needs.*\[2, ", None, "--batch-size 1"),
+    "no number": ("--seed: needs int.*found abc", None, "--seed abc"),
+    "a share of 5": (r"--smoothing: needs float.*\[0, 1\], found 5", None, "--smoothing 5"),
     "a negative rate": ("--finetune-lr: needs", None, "--finetune-lr=-1"),
 }
 
@@ -1605,7 +1610,7 @@ def test_a_whole_run_in_safety_gymnasium(swimmer, tmp_path):
     assert content["cost_limit"] == limit
 
 
-def test_labels_from_a_file_need_no_cost_at_all(swimmer, tmp_path):
+def test_labels_from_a_file_need_no_cost_at_all(swimmer, tmp_path, capfd):
     arrays = {key: value for key, value in swimmer[1].items() if key != "costs"}
     path = write_hdf5(tmp_path / "no_costs.hdf5", arrays)
     labels = [(e, "preferred" if e % 2 else "dispreferred") for e in range(8)]
@@ -1614,6 +1619,12 @@ def test_labels_from_a_file_need_no_cost_at_all(swimmer, tmp_path):
     assert run(SWIMMER_RUN, line) == 0
     data = check_metrics(tmp_path / "i", episodes=2)["data"]
     assert (data["preferred"], data["dispreferred"]) == (4, 4) and "cost_mean" not in data
+    labels.unlink()  # the run knows them, also for its report
+    assert run_all("report", tmp_path / "i").returncode == 0
+    assert metrics(tmp_path / "i")["data"]["divergence_bits"] is None  # of costs, which are unknown
+    write_preferences(labels, [(0, "preferred"), (1, "dispreferred")])
+    assert run(SWIMMER_RUN, line) == 2
+    assert "has another --preferences" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -1775,6 +1786,29 @@ def test_a_report_twice_gives_the_same(reported, tmp_path):
     assert len(list((tmp_path / "again").glob("events.out.*"))) == 1
 
 
+def test_a_run_that_is_replaced_is_drawn_anew(reported, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(reported, folder)
+    before = (folder / "report.png").read_bytes()
+    flags = BALL_RUN.replace("--no-report", "--no-resume --finetune-updates 0")
+    done = command(*flags.split(), "--run-dir", folder)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (folder / "report.png").read_bytes() != before
+    assert not list(folder.glob("*.gif")) and "warning" not in done.stdout
+    assert len(list(folder.glob("events.out.*"))) == 1
+    assert metrics(folder)["data"]["divergence_bits"] is not None
+
+
+def test_a_copy_without_run_all_names_it_and_the_way_on(ball_run, tmp_path):
+    shutil.copy(HERE / "prefine.py", tmp_path / "alone.py")
+    shutil.copytree(ball_run[0], tmp_path / "run")
+    line = [sys.executable, str(tmp_path / "alone.py"), "--run-dir", str(tmp_path / "run")]
+    for flags, code in (BALL_RUN, 0), (BALL_RUN.replace("--no-report", ""), 2):
+        done = subprocess.run([*line, *flags.split()], capture_output=True, text=True)
+        assert done.returncode == code
+        assert ("run_all.sh" in done.stderr and "--no-report" in done.stderr) == (code == 2)
+
+
 def test_a_video_of_the_policy_before_and_after(reported):
     from PIL import Image
 
@@ -1792,7 +1826,8 @@ def test_without_the_packages_that_draw_there_is_a_sentence_for_each(ball_run, t
     flags = BALL_RUN.replace("--no-report", "--track").split()
     path = os.environ | {"PYTHONPATH": str(missing)}
     done = command(*flags, "--run-dir", folder, env=path)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "fine-tuned" in done.stdout  # the run itself has ended well
     for name in "matplotlib", "tensorboard", "wandb":
         assert f"pip install {name}" in done.stdout + done.stderr
     assert not (folder / "report.png").exists() and not list(folder.glob("events.*"))
