@@ -696,8 +696,8 @@ def report(run):
     panels["margins"].set(title=title, xlabel="nats per step", ylabel="share")
     for axes in panels.values():
         if axes.get_legend_handles_labels()[0]:
-            place = "center right" if axes is lines else "best"
-            axes.legend(fontsize=7, framealpha=0.6, loc=place)
+            below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+            axes.legend(fontsize=7, framealpha=0.6, **(below if axes is lines else {}))
     task = args.env.split("-")[0].removesuffix("Gymnasium")
     data = Path(args.dataset).name
     figure.suptitle(f"{task}, {data} data, {args.method}, seed {args.seed}")
@@ -839,7 +839,7 @@ def sensitivity(folder):
     if not tasks or Figure is None:
         stop(f"{folder}/*/metrics.json and matplotlib are needed, one is missing.")
     for study, (axis, default) in STUDIES.items():
-        names = {study: ("#0072B2", "o", "default flags")}
+        names = {study: ("#0072B2", "o", "all else by default: mean and 95 % interval over seeds")}
         if study == "wrong":
             names["smoothed"] = "#D55E00", "s", "with label smoothing of that share"
             names["unweighted"] = "#009E73", "^", "with --return-weight 0"
@@ -861,7 +861,9 @@ def sensitivity(folder):
             column[0].set(title=task.removeprefix("Offline"), ylabel="return")
             column[1].axhline(10, color="k", ls="--", lw=1, label="limit")
             column[1].set(ylabel="cost return", xlabel=axis)
-            column[1].legend(fontsize=8)
+            column[1].set_ylim(None, max(12, column[1].get_ylim()[1]))
+        handles, texts = panels[1, 0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=2, fontsize=8)
         save(figure, Path(folder) / f"{study}.png")
 
 
