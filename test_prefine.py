@@ -1548,7 +1548,7 @@ def test_pretraining_reaches_the_mean_return_of_the_best_30_percent(tmp_path, ca
     text += "--preferred 5 --dispreferred 5 --pretrain-updates 2000 --finetune-updates 0 "
     import h5py
 
-    assert run(text, f"--eval-episodes 10 --run-dir {tmp_path / 'f'}") == 0
+    assert run(text, f"--no-report --eval-episodes 10 --run-dir {tmp_path / 'f'}") == 0
 
     with h5py.File(cache / f"{BALL}-scripted-100.hdf5") as file:
         returns = np.sort(file["rewards"][:].reshape(100, 200).sum(1))
