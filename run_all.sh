@@ -609,10 +609,15 @@ def track(run):
         stop(f"--track: {error} WANDB_MODE=offline needs no account.")
 
 
+def evaluation_seeds(seed, episodes):
+    """The seeds of the episodes, as in prefine.evaluate()."""
+    return [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]
+
+
 def evaluation_episodes(run, args, policies):
     """The episodes of the evaluation, before and after: what the run still has, else again."""
     policies = [policies["before"], policies["after"]]
-    seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(args.eval_episodes)]
+    seeds = evaluation_seeds(args.seed, args.eval_episodes)
     actors = [functools.partial(prefine.policy_actor, p, args.eval_sample) for p in policies]
     jobs = [(actor, seed) for actor in actors for seed in seeds]
     kept = [run / "resume" / f"evaluate-{i}.npz" for i in range(len(jobs))]
@@ -674,6 +679,7 @@ def report(run):
         paths.plot([], color=COLOURS[name], label=f"{name} fine-tuning")
 
     held = "heldout" if any(name.startswith("heldout") for name in values) else "train"
+    which = "held-out" if held == "heldout" else held
     after = [x for name, x in values.items() if name.startswith(held)]
     bins = np.histogram_bin_edges(np.concatenate(after), 30)
     curve = [json.loads(line) for line in (run / "finetune.jsonl").read_text().splitlines()]
@@ -689,10 +695,11 @@ def report(run):
         style = dict(histtype="step", lw=1.8, color=colour, label=label)
         panels["margins"].hist(x, bins, weights=np.full(len(x), 1 / len(x)), **style)
     lines.plot(updates, [row[f"kl/{held}"] for row in curve], "k--", label="KL to the reference")
-    lines.set(title=f"Fine-tuning, {held.replace('dout', 'd-out')} labels", xlabel="update", ylabel="margin, KL (nats per step)")
+    lines.set(title=f"Fine-tuning, {which} labels", xlabel="update")
+    lines.set(ylabel="margin, KL (nats per step)")
     accuracy.set(ylabel="preference accuracy (dotted)", ylim=(0, 1.05))
     panels["margins"].axvline(0, color="k", ls="--", lw=1, label="before: all 0")
-    title = f"Implicit margins after, {held.replace('dout', 'd-out')} labels"
+    title = f"Implicit margins after, {which} labels"
     panels["margins"].set(title=title, xlabel="nats per step", ylabel="share")
     for axes in panels.values():
         if axes.get_legend_handles_labels()[0]:
@@ -789,11 +796,11 @@ def save_film(policy, config, path):
 
         return act_on_camera
 
-    prefine.run_episode(config["env"], make_actor, (1000 * (config["seed"] + 1000)) % 2**32)
+    prefine.run_episode(config["env"], make_actor, evaluation_seeds(config["seed"], 1)[0])
     if hasattr(simulators[0], "render_parameters"):
         simulators[0].task.viewer.free()  # it complains if it lives until Python ends
-    save_gif = functools.partial(imageio.mimsave, ims=frames, format="gif", duration=80, loop=0)
-    prefine.write(path, save_gif)
+    style = dict(format="gif", duration=80, loop=0)
+    prefine.write(path, functools.partial(imageio.mimsave, ims=frames, **style))
     print(f"wrote {path}, {len(frames)} frames")
 
 
