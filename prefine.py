@@ -390,31 +390,31 @@ def ball_controller(env, seed):
 
 
 def lidar_controller(env, seed):
-    """CarButton1, PointGoal1: weigh the way to the goal against obstacles, in 16 directions."""
+    """CarButton1, PointGoal1: face the goal; turn from what lies ahead, and brake (Braitenberg,
+    Vehicles, 1984). Half of the drivers are reckless: cars mind no danger, points seek it."""
     rng, space = np.random.default_rng(seed), env.unwrapped.obs_space_dict
     car = "ballquat_rear" in space.spaces
-    caution, speed, reach, noise = rng.uniform([0, 0.2, 0.1, 0.5], [6, 1, 0.4, 1.5])
+    caution, speed, noise = rng.uniform([1, 0.7, 0.3], [2, 0.9, 0.7])
+    if rng.uniform() < 0.5:
+        caution, speed = 0.0 if car else -1.0, 1.0
     angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
-    blocks = np.clip(bins @ bins.T, 0, 1) ** 4  # what lies in one direction blocks its neighbours
+    ahead = np.clip(bins[:, 0], 0, 1) ** 2
+    damping = np.array([[0, -0.3], [0, 0]] if car else [[0.3, 0], [0, 1]])  # of the (x, y) velocity
+    wheels, gain = (np.array([[1.5, 1], [1.5, -1]]), 3) if car else (np.eye(2), 2)
+    brake, reach = (1, 0.3) if car else (0.3, 0.4)  # below a brake of 1, cars get stuck at buttons
 
     def act(observation):
         seen = import_simulators().spaces.unflatten(space, observation)
-        goal = seen["goal_lidar"]
-        score = bins @ (goal @ bins) / (np.linalg.norm(goal @ bins) + 1e-6)
+        goal = seen["goal_lidar"] @ bins
+        drive, turn = goal / (np.linalg.norm(goal) + 1e-6) - damping @ seen["velocimeter"][:2]
         for name in ["hazards_lidar", "gremlins_lidar", "buttons_lidar"][: 3 if car else 1]:
-            near = np.exp(-np.maximum(3 * (1 - seen[name]) - 0.3 - 0.1 * car, 0) / reach)  # of 3 m
-            near *= seen[name] > goal.max() - 0.1  # nothing beyond the goal is in the way
-            button = name == "buttons_lidar"  # the goal is one of them; the others block the way
-            near *= seen[name] > goal + 0.02 if button else 1
-            score = score - (caution + button) * blocks @ near
-        heading = np.exp(8 * (score - score.max())) @ bins
-        drive, turn = heading / (np.linalg.norm(heading) + 1e-6)
-        turn *= 2 * np.tanh(5 * drive + 0.3)  # backwards it goes as well: turn the nearer end
-        if car:  # its wheels obey little more than the sign of an action
-            drive, turn = speed * drive, np.clip(3 * turn, -1, 1)
-            return np.array([drive + turn, drive - turn]) + rng.normal(0, noise, 2)
-        return np.array([speed * drive, turn]) + rng.normal(0, noise, 2)
+            free = 0.7 if name == "gremlins_lidar" else 0.35  # metres; gremlins move
+            near = np.exp(-np.maximum(3 * (1 - seen[name]) - free, 0) / reach)  # of 3 m
+            wrong = 1.2 * np.clip(20 * (seen[name] - seen["goal_lidar"]), 0, 1)
+            near *= wrong if name == "buttons_lidar" else caution  # the goal is one of the buttons
+            drive, turn = drive - brake * near @ ahead, turn - near @ (ahead * np.sign(bins[:, 1]))
+        return wheels @ [speed * drive, np.clip(gain * turn, -1, 1)] + rng.normal(0, noise, 2)
 
     return act
 
