@@ -11,6 +11,7 @@
 #   bash run_all.sh sensitivity [-j N] what one thing changed at a time does, on the Ball tasks
 #   bash run_all.sh front PNG          reward-cost fronts of the methods, from runs/
 #   bash run_all.sh report RUN         draws the run folder's report.png again
+#   bash run_all.sh check CSV FLAG ... which labels the others contradict; FLAGs say --env and --dataset
 #
 # Every verb sets up on first use. What is done already is not done again. TASKS="OfflineBallRun"
 # SEEDS="0 1" METHODS="prefine dpo" before a command choose some of the experiments.
@@ -18,7 +19,7 @@
 set -euo pipefail
 folder=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # Slurm runs a copy of this file, in the folder of submission; names of runs count from any.
-if [ -e "$folder/prefine.py" ] && [[ ! ${1:-} =~ ^(draw|report)$ ]]; then cd -- "$folder"; fi
+if [ -e "$folder/prefine.py" ] && [[ ! ${1:-} =~ ^(draw|report|check)$ ]]; then cd -- "$folder"; fi
 
 read -ra TASKS <<<"${TASKS:-OfflineBallCircle OfflineBallRun OfflineHalfCheetahVelocity OfflineCarButton1 OfflinePointGoal1}"
 read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo cpl no-preferred no-dispreferred no-imitation no-return-weight}"
@@ -28,7 +29,7 @@ export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 say() { echo "run_all.sh: $*" >&2; }
 fail() { say "$*" && exit 2; }
 unknown() {
-  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, sensitivity, front, report, and -j N or --slurm with no verb."
+  fail "no verb or option '$1'; there are setup, demo, test, bench, summary, sensitivity, front, report, check, and -j N or --slurm with no verb."
 }
 
 # ------------------------------------------------------------------------------------------- setup
@@ -226,6 +227,7 @@ settings() {
     echo "smoothed $share --preferences labels --smoothing $share"
     echo "unweighted $share --preferences labels --return-weight 0"
   done
+  for share in 0 0.1 0.2 0.3; do echo "checked $share --preferences checked"; done
   for n in 0.01 0.2 1 5; do echo "beta $n --beta $n"; done
   for n in 0 0.5 1 4; do echo "retention $n --return-weight $n"; done
   echo "counterfactual 4-current --counterfactuals 4"
@@ -239,9 +241,14 @@ setting() {
   [ ! -e "$run/metrics.json" ] || return 0
   echo "$run"
   mkdir -p "$run"
-  if [ "${flags[1]:-}" = labels ]; then
-    flags[1]=$run/labels.csv
-    [ -e "${flags[1]}" ] || draw .venv/bin/python labels "$task" "$seed" "$share" "${flags[1]}" >/dev/null || return 1
+  if [ "${flags[0]:-}" = --preferences ]; then
+    draw .venv/bin/python labels "$task" "$seed" "$share" "$run/labels.csv" >/dev/null || return 1
+    if [ "${flags[1]}" = checked ]; then
+      draw .venv/bin/python check "$run/labels.csv" --env "$task" --dataset scripted >"$run/check.log" || return 1
+      flags[1]=$run/labels.checked.csv
+    else
+      flags[1]=$run/labels.csv
+    fi
   fi
   OMP_NUM_THREADS=1 .venv/bin/python prefine.py --env "$task" --dataset scripted --seed "$seed" \
     --policy "runs/${task}__prefine__$seed/pretrained.pt" --workers "$WORKERS" --run-dir "$run" \
@@ -376,7 +383,7 @@ PYTHON
 
 # What is drawn or written for people, with the Python that is named first: "results RUN FLAGS" and
 # "export FOLDER FLAGS" for prefine.py, FLAGS in JSON; "report RUN"; "labels TASK SEED SHARE CSV";
-# "sensitivity FOLDER"; "front PNG".
+# "sensitivity FOLDER"; "front PNG"; "check CSV FLAGS".
 draw() {
   # Not "python -", whose workers would look for a file of that name.
   "$1" -c 'import sys; sys.path[0] = sys.argv.pop(1); exec(sys.stdin.read())' "$folder" "${@:2}" <<'PYTHON'
@@ -459,6 +466,32 @@ def near_share(dataset, preferences):
     return (nearest <= among.quantile(0.95)).float().mean().item()
 
 
+def contradicted(dataset, preferences, beyond=0.25):
+    """Labels that the others contradict, {episode: how far}: they are wrong, or were luck.
+
+    Ridge regression predicts a label, 1 or -1, from the other labels (leave-one-out: Hastie et al.,
+    Elements of Statistical Learning, eq. 7.64) by the ranks, among the labelled trajectories, of the
+    means and standard deviations of a trajectory's observations and actions. A label is contradicted
+    where its prediction has the other sign and is larger than ``beyond``. Those that are left are
+    judged again without it (Wilson 1972). Neither returns nor costs are looked at.
+    """
+    episodes = np.concatenate([preferences[label] for label in prefine.LABELS])
+    signs = np.repeat([1.0, -1.0], [len(preferences[label]) for label in prefine.LABELS])
+    steps = [torch.cat([x[dataset.rows([e])] for x in dataset[:2]], 1) for e in episodes]
+    moments = torch.stack([torch.cat(torch.std_mean(x, 0, correction=0)) for x in steps], 1)
+    ranks = np.stack([np.sign(m[:, None] - m).mean(1) for m in moments.numpy()])  # [2 (O + A), n]
+    kernel, kept, found = 1 + 3 * ranks.T @ ranks / len(ranks), np.arange(len(signs)), {}
+    while True:
+        y = signs[kept]  # the noise 1 + y mean(y) weighs both sides alike, however many they are
+        inverse = np.linalg.inv(kernel[np.ix_(kept, kept)] + np.diag(1 + y * y.mean()))
+        agreement = y * (y - inverse @ y / np.diag(inverse))
+        out = agreement < -beyond
+        if not out.any() or len(set(signs[kept[~out]])) < 2:  # a contrast needs both sides
+            return found
+        found |= dict(zip(episodes[kept[out]].tolist(), -agreement[out]))
+        kept = kept[~out]
+
+
 @torch.no_grad()
 def margins(policy, reference, dataset, preferences):
     """Implicit margins, mean log-ratio per step in nats, {"set/contrast": array [pairs]}."""
@@ -486,6 +519,7 @@ def margins(policy, reference, dataset, preferences):
 def measure(dataset, preferences, values):
     """How far apart the two sets are, and what was learnt of it: goes to metrics.json."""
     data = {"near_share": near_share(dataset, preferences), "divergence_bits": None}
+    data["contradicted"] = sorted(contradicted(dataset, preferences))
     if dataset.costs is not None:
         costs = dataset.sums(dataset.costs)
         parts = {label: costs[preferences[label]] for label in prefine.LABELS}
@@ -506,6 +540,11 @@ def measure(dataset, preferences, values):
 
 def warn(data, values):
     """In words, where the contrast looks too weak to learn from."""
+    doubtful, labels = len(data["contradicted"]), sum(data[label] for label in prefine.LABELS)
+    if doubtful >= 0.1 * labels:
+        print(f"warning: {doubtful} of {labels} labels are contradicted by the others: they are wrong,")
+        print("  or were luck (metrics.json, data, contradicted). The best of them may mislead most:")
+        print("  bash run_all.sh check LABELS.csv leaves them out.")
     if data["divergence_bits"] is not None and data["divergence_bits"] < 0.2:
         print("warning: the costs of the preferred and the dispreferred set hardly differ")
         print(f"  ({data['divergence_bits']:.2f} of 1 bit): do the labels say what is safe?")
@@ -761,6 +800,23 @@ def export(folder, flags):
     print("delete the lines that you leave open, and pass the file with --preferences.")
 
 
+def check(path, *flags):
+    """Prints the labels of a CSV file that the others contradict, and writes the file without."""
+    args, path = prefine.parse_args([*flags, "--preferences", path]), Path(path)
+    args.env = prefine.resolve_env(args.env)
+    env = prefine.import_simulators().make(args.env)
+    data = prefine.load_dataset(prefine.find_dataset(args, env), env, with_costs=False)
+    preferences = prefine.read_preferences(path, len(data.ends))
+    found, lines = contradicted(data, preferences), ["episode,label"]
+    for label, other in zip(prefine.LABELS, prefine.LABELS[::-1]):
+        lines += [f"{e},{label}" for e in preferences[label] if e not in found]
+        for e in [e for e in preferences[label] if e in found]:
+            print(f"episode {e}: {label}, and the other labels say {other}, by {found[e]:.2f}")
+    checked = path.with_suffix(".checked.csv")
+    prefine.write(checked, lambda f: f.write("\n".join([*lines, ""]).encode()))
+    print(f"wrote {checked}, the {len(lines) - 1} labels that are not contradicted")
+
+
 def film(run):
     """before.gif and after.gif."""
     os.environ.setdefault("MUJOCO_GL", "egl")  # rendering without a screen
@@ -850,6 +906,7 @@ def sensitivity(folder):
         if study == "wrong":
             names["smoothed"] = "#D55E00", "s", "with label smoothing of that share"
             names["unweighted"] = "#009E73", "^", "with --return-weight 0"
+            names["checked"] = "#CC79A7", "D", "without the labels that the others contradict"
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         panels = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
         for column, task in zip(panels.T, tasks):
@@ -857,7 +914,7 @@ def sensitivity(folder):
                 for shift, (name, (colour, marker, text)) in enumerate(names.items()):
                     rows = {v: s for (t, n, v), s in found.items() if (t, n) == (task, name)}
                     none = (task, "retention", "0") if name == "unweighted" else (task, "default", "-")
-                    rows[default] = found[none]
+                    rows.setdefault(default, found.get(none))
                     order = sorted(rows, key=lambda v: (v.partition("-")[2], float(v.partition("-")[0])))
                     mean, low, high = np.array([boot(rows[v][key]) for v in order]).T
                     x = np.arange(len(order)) + 0.08 * shift
@@ -932,9 +989,10 @@ def front(path):
 
 try:
     verbs = dict(results=results, report=report, export=export, labels=labels, front=front)
-    (verbs | dict(sensitivity=sensitivity))[sys.argv[1]](*sys.argv[2:])
+    verbs |= dict(sensitivity=sensitivity, check=check)
+    verbs[sys.argv[1]](*sys.argv[2:])
 except (prefine.UserError, OSError) as error:
-    stop(error)
+    stop(f"{error}{'; is the path right?' * isinstance(error, FileNotFoundError)}")
 except KeyboardInterrupt:
     sys.exit(130)
 PYTHON
@@ -962,6 +1020,11 @@ case ${1:-} in
     [ $# -eq 2 ] || fail "$1 takes one name: of the folder of a run that has ended, or for front, of a PNG file."
     (cd -- "$folder" && setup)
     draw "$folder/.venv/bin/python" "$1" "$2"
+    ;;
+  check)
+    [ $# -ge 2 ] || fail "check takes a CSV file of labels, then --env, --dataset and what else the run is given."
+    (cd -- "$folder" && setup)
+    draw "$folder/.venv/bin/python" "$@"
     ;;
   draw) # for prefine.py
     if [[ $3 != results || ! -e $4/report.png || $5 =~ '"capture_video": true'|'"track": true' ]]; then

@@ -1859,6 +1859,71 @@ def test_what_a_person_needs_to_label_episodes_is_written_once(ball_run, tmp_pat
     assert len(found["preferred"]) == len(found["dispreferred"]) == 3
 
 
+def two_behaviours(path, episodes=24, steps=20):
+    """Data of BallCircle's shapes: even episodes go right, odd ones left."""
+    rng, n = np.random.default_rng(0), episodes * steps
+    side = np.where(np.arange(n) // steps % 2 == 0, 0.3, -0.3)[:, None]
+    arrays = {
+        "observations": rng.normal(side, size=(n, 8)),
+        "actions": rng.uniform(-0.6, 0.6, (n, 2)),
+    }
+    arrays["observations"][:, 3] = 1  # says nothing
+    arrays["actions"] += side
+    arrays |= {"rewards": rng.normal(size=n), "terminals": np.zeros(n)}
+    return write_hdf5(path, arrays | {"timeouts": np.arange(1, n + 1) % steps == 0}), arrays
+
+
+def checked(path, labels, data):
+    """Episodes that ``run_all.sh check`` names, and what it says of each; the labels it leaves."""
+    write_preferences(path, labels)
+    done = run_all("check", path, "--env", BALL, "--dataset", data)
+    assert done.returncode == 0, done.stderr
+    named = {int(line.split()[1][:-1]): line for line in done.stdout.splitlines()[:-1]}
+    left = prefine.read_preferences(path.with_suffix(".checked.csv"), 1000)
+    return named, left
+
+
+def test_labels_that_the_others_contradict_are_named_and_left_out(tmp_path):
+    data, _ = two_behaviours(tmp_path / "data.hdf5")
+    truth = {e: prefine.LABELS[e % 2] for e in range(24)}
+    for wrong in [], [3, 4, 10, 17]:
+        given = truth | {e: prefine.LABELS[1 - e % 2] for e in wrong}
+        named, left = checked(tmp_path / "labels.csv", given.items(), data)
+        assert sorted(named) == wrong
+        for e in wrong:
+            assert f"episode {e}: {given[e]}, and the other labels say {truth[e]}" in named[e]
+        kept = {e: label for label, episodes in left.items() for e in episodes}
+        assert kept == {e: label for e, label in given.items() if e not in wrong}
+
+
+def test_few_labels_and_many_of_one_side_can_be_checked(tmp_path):
+    data, _ = two_behaviours(tmp_path / "data.hdf5")
+    for episodes in [0, 1], [1, 3, *range(0, 24, 2)]:
+        labels = [(e, prefine.LABELS[e % 2]) for e in episodes]
+        named, left = checked(tmp_path / "labels.csv", labels, data)
+        assert not named and sorted(sum(left.values(), [])) == sorted(episodes)
+
+
+def test_how_far_a_label_is_contradicted_is_what_a_fit_without_it_predicts(tmp_path):
+    from scipy.stats import rankdata
+
+    data, arrays = two_behaviours(tmp_path / "data.hdf5")
+    labels = [(e, prefine.LABELS[e % 2 if e != 4 else 1]) for e in [2, 4, 1, 6, 7, 9, 0, 11, 13]]
+    (line,) = checked(tmp_path / "labels.csv", labels, data)[0].values()
+    sides = np.array([1 if label == "preferred" else -1 for _, label in labels])
+    steps = np.concatenate([arrays["observations"], arrays["actions"]], 1, dtype=float)
+    steps = steps.reshape(24, -1, steps.shape[1])[[e for e, _ in labels]]
+    moments = np.concatenate([steps.std(1), steps.mean(1)], 1)
+    n, (i,) = len(labels), [i for i, (e, _) in enumerate(labels) if e == 4]
+    features = np.sqrt(3) * (2 * rankdata(moments, axis=0) - n - 1) / n  # of variance about 1
+    features = np.c_[np.ones(n), features / np.sqrt(features.shape[1])]
+    # Ridge regression in its primal form, on all but one; each side has the same total weight.
+    others, weights = np.arange(n) != i, 1 / (1 + sides * sides.mean())
+    x, w = features[others], weights[others, None]
+    fit = np.linalg.solve(x.T @ (w * x) + np.eye(x.shape[1]), x.T @ (w[:, 0] * sides[others]))
+    assert line.endswith(f"by {-sides[i] * (features[i] @ fit):.2f}")
+
+
 def test_a_picture_of_what_is_no_run_gets_one_sentence(tmp_path):
     done = run_all("report", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
