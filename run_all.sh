@@ -382,8 +382,8 @@ PYTHON
 }
 
 # What is drawn or written for people, with the Python that is named first: "results RUN FLAGS" and
-# "export FOLDER FLAGS" for prefine.py, FLAGS in JSON; "report RUN"; "labels TASK SEED SHARE CSV";
-# "sensitivity FOLDER"; "front PNG"; "check CSV FLAGS".
+# "export FOLDER FLAGS" for prefine.py, FLAGS in JSON; "report RUN"; "labels TASK SEED SHARE CSV
+# [DATA]"; "sensitivity FOLDER"; "front PNG"; "check CSV FLAGS".
 draw() {
   # Not "python -", whose workers would look for a file of that name.
   "$1" -c 'import sys; sys.path[0] = sys.argv.pop(1); exec(sys.stdin.read())' "$folder" "${@:2}" <<'PYTHON'
@@ -860,9 +860,9 @@ def save_film(policy, config, path):
     print(f"wrote {path}, {len(frames)} frames")
 
 
-def labels(task, seed, share, path):
+def labels(task, seed, share, path, data="scripted"):
     """The labels that a run with this seed draws, a share of them on the wrong side."""
-    config = vars(prefine.parse_args([])) | dict(env=prefine.resolve_env(task), dataset="scripted")
+    config = vars(prefine.parse_args([])) | dict(env=prefine.resolve_env(task), dataset=data)
     limit = 20.0 if "Gymnasium" in config["env"] else 10.0
     _, _, drawn = load(config | dict(seed=int(seed), cost_limit=limit))
     rng, lines = np.random.default_rng(int(seed)), ["episode,label"]
