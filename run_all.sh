@@ -543,8 +543,8 @@ def warn(data, values):
     doubtful, labels = len(data["contradicted"]), sum(data[label] for label in prefine.LABELS)
     if doubtful >= 0.1 * labels:
         print(f"warning: {doubtful} of {labels} labels are contradicted by the others: they are wrong,")
-        print("  or were luck (metrics.json, data, contradicted). The best of them may mislead most:")
-        print("  bash run_all.sh check LABELS.csv leaves them out.")
+        print("  or were luck (metrics.json, data, contradicted). Look at them again, if a person gave")
+        print("  them: bash run_all.sh check LABELS.csv names them, and writes the file without.")
     if data["divergence_bits"] is not None and data["divergence_bits"] < 0.2:
         print("warning: the costs of the preferred and the dispreferred set hardly differ")
         print(f"  ({data['divergence_bits']:.2f} of 1 bit): do the labels say what is safe?")
