@@ -223,11 +223,11 @@ settings() {
   echo "default -"
   for n in 5 10 20 80; do echo "labels $n --preferred $n --dispreferred $n"; done
   for share in 0.1 0.2 0.3; do
-    echo "wrong $share --preferences labels"
-    echo "smoothed $share --preferences labels --smoothing $share"
-    echo "unweighted $share --preferences labels --return-weight 0"
+    echo "wrong $share --preferences labels.csv"
+    echo "smoothed $share --preferences labels.csv --smoothing $share"
+    echo "unweighted $share --preferences labels.csv --return-weight 0"
   done
-  for share in 0 0.1 0.2 0.3; do echo "checked $share --preferences checked"; done
+  for share in 0 0.1 0.2 0.3; do echo "checked $share --preferences labels.checked.csv"; done
   for n in 0.01 0.2 1 5; do echo "beta $n --beta $n"; done
   for n in 0 0.5 1 4; do echo "retention $n --return-weight $n"; done
   echo "counterfactual 4-current --counterfactuals 4"
@@ -243,12 +243,10 @@ setting() {
   mkdir -p "$run"
   if [ "${flags[0]:-}" = --preferences ]; then
     draw .venv/bin/python labels "$task" "$seed" "$share" "$run/labels.csv" >/dev/null || return 1
-    if [ "${flags[1]}" = checked ]; then
+    if [ "${flags[1]}" = labels.checked.csv ]; then
       draw .venv/bin/python check "$run/labels.csv" --env "$task" --dataset scripted >"$run/check.log" || return 1
-      flags[1]=$run/labels.checked.csv
-    else
-      flags[1]=$run/labels.csv
     fi
+    flags[1]=$run/${flags[1]}
   fi
   OMP_NUM_THREADS=1 .venv/bin/python prefine.py --env "$task" --dataset scripted --seed "$seed" \
     --policy "runs/${task}__prefine__$seed/pretrained.pt" --workers "$WORKERS" --run-dir "$run" \
@@ -416,6 +414,10 @@ POLICIES = dict(before="pretrained.pt", after="finetuned.pt")
 def save(figure, path):
     prefine.write(path, functools.partial(figure.savefig, format="png", dpi=100))
     print(f"wrote {path}")
+
+
+def write_lines(path, lines):
+    prefine.write(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
 
 
 def stop(sentence):
@@ -795,7 +797,7 @@ def export(folder, flags):
         print("no episodes.png: pip install matplotlib.")
     else:
         save(contact_sheet(args.env, data, sorted(chosen), returns), folder / "episodes.png")
-    prefine.write(folder / "labels.csv", lambda f: f.write("\n".join([*lines, ""]).encode()))
+    write_lines(folder / "labels.csv", lines)
     print(f"wrote {folder}/labels.csv: write preferred or dispreferred into its column 'label',")
     print("delete the lines that you leave open, and pass the file with --preferences.")
 
@@ -813,7 +815,7 @@ def check(path, *flags):
         for e in [e for e in preferences[label] if e in found]:
             print(f"episode {e}: {label}, and the other labels say {other}, by {found[e]:.2f}")
     checked = path.with_suffix(".checked.csv")
-    prefine.write(checked, lambda f: f.write("\n".join([*lines, ""]).encode()))
+    write_lines(checked, lines)
     print(f"wrote {checked}, the {len(lines) - 1} labels that are not contradicted")
 
 
@@ -870,7 +872,7 @@ def labels(task, seed, share, path, data="scripted"):
         episodes = drawn[label]
         wrong = set(rng.permutation(episodes)[: round(float(share) * len(episodes))])
         lines += [f"{e},{other if e in wrong else label}" for e in episodes]
-    prefine.write(Path(path), lambda f: f.write("\n".join([*lines, ""]).encode()))
+    write_lines(Path(path), lines)
 
 
 def boot(values):
@@ -914,7 +916,8 @@ def sensitivity(folder):
                 for shift, (name, (colour, marker, text)) in enumerate(names.items()):
                     rows = {v: s for (t, n, v), s in found.items() if (t, n) == (task, name)}
                     none = (task, "retention", "0") if name == "unweighted" else (task, "default", "-")
-                    rows.setdefault(default, found.get(none))
+                    if default not in rows:
+                        rows[default] = found[none]
                     order = sorted(rows, key=lambda v: (v.partition("-")[2], float(v.partition("-")[0])))
                     mean, low, high = np.array([boot(rows[v][key]) for v in order]).T
                     x = np.arange(len(order)) + 0.08 * shift
