@@ -147,6 +147,7 @@ def parse_args(argv=None):
     add("--finetune-lr", 3e-4, rate, "Adam's learning rate, with a cosine decay to 0")
     add("--segment", 1, count, "consecutive steps whose sum of log-ratios is contrasted")
     add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
+    add("--discount", 1.0, share, "of each further step of a segment, as in CPL's equation")
     add("--bias", 1.0, weight, "of the loser in preferred > dispreferred; below 1 as in CPL")
     add("--smoothing", 0.0, share, "share of labels that the DPO loss takes to be wrong")
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
@@ -280,8 +281,8 @@ def load_dataset(path, env, with_costs=True):
     shapes |= dict.fromkeys(["rewards", "terminals", "timeouts"] + ["costs"] * with_costs, ())
     values, low, high = {}, env.action_space.low, env.action_space.high
     try:
-        with h5py.File(path, "r") as file, np.errstate(over="ignore"):
-            for key, shape in shapes.items():
+        with h5py.File(path, "r") as file:
+            for key, shape in progress(shapes.items(), "load", unit="array"):
                 # A link, or a virtual or external array, could make us read other files.
                 link = file.get(key, getlink=True)
                 array = file[key] if isinstance(link, h5py.HardLink) else None
@@ -294,10 +295,7 @@ def load_dataset(path, env, with_costs=True):
                 stored = array.nbytes <= 2000 * array.id.get_storage_size()  # gzip stays below 1032
                 require(stored, f"'{key}' declares {array.shape}, and stores next to nothing.")
                 values[key] = value = np.zeros(array.shape, np.float32)  # faster than empty()
-                chunk = array.chunks[0] if array.chunks else 1
-                step = chunk * max(1, 2**22 // (chunk * value[0].size))  # whole chunks, some 16 MB
-                for start in progress(range(0, len(value), step), f"load {key}"):
-                    value[start : start + step] = array[start : start + step]
+                array.read_direct(value)
                 finite = value.min() >= -1e9 and value.max() <= 1e9  # false for NaN as well
                 require(finite, f"'{key}' has values that are not finite, or beyond 1e9.")
                 values[key] = value.reshape(len(value), *shape)
@@ -516,8 +514,7 @@ def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
             optimizer.zero_grad()
             sum(terms.values()).backward()
             optimizer.step()
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value.detach()
+            totals = {name: totals.get(name, 0.0) + x.detach() for name, x in terms.items()}
         row = {f"losses/{name}": float(total) / size for name, total in totals.items()}
         broken = [name for name, value in row.items() if not math.isfinite(value)]
         broken += [] if all(p.isfinite().all() for p in parameters) else ["a parameter"]
@@ -680,7 +677,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip(h.sum(1).split(size), c.sum(1).split(size))
+        pairs = zip(*((args.discount**steps * x).sum(1).split(size) for x in (h, c)))
         return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
 
     monitor = partial(preference_metrics, policy, reference, dataset, preferences)

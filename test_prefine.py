@@ -444,7 +444,8 @@ def test_the_joint_loss_is_the_weighted_sum_of_its_terms():
     assert total == pytest.approx(sum(weights[k] * expected[k] for k in weights), rel=1e-5)
 
 
-def test_a_segment_is_contrasted_by_the_sum_of_its_steps(monkeypatch):
+@pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
+def test_a_segment_is_contrasted_by_the_discounted_sum_of_its_steps(monkeypatch, discount):
     ratios, sums = [], []
     log_ratios, joint_loss = prefine.log_ratios, prefine.joint_loss
 
@@ -458,13 +459,13 @@ def test_a_segment_is_contrasted_by_the_sum_of_its_steps(monkeypatch):
 
     monkeypatch.setattr(prefine, "log_ratios", record_ratios)
     monkeypatch.setattr(prefine, "joint_loss", record_sums)
-    text = SMALL + "--finetune-updates 2 --segment 5"
+    text = SMALL + f"--finetune-updates 2 --segment 5 --discount {discount}"
     prefine.finetune(toy_policy(), toy_dataset(), toy_preferences(), flags(text))
     h, c = ratios[1]
     (good, good_c), (bad, bad_c) = sums[1][:2]
     assert h.shape == c.shape == (32, 5) and h.abs().max() > 0
-    torch.testing.assert_close(torch.cat([good, bad]), h.sum(1))
-    torch.testing.assert_close(torch.cat([good_c, bad_c]), c.sum(1))
+    for found, steps in (torch.cat([good, bad]), h), (torch.cat([good_c, bad_c]), c):
+        torch.testing.assert_close(found, sum(discount**t * steps[:, t] for t in range(5)))
 
 
 @pytest.mark.parametrize(
