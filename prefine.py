@@ -401,16 +401,19 @@ def lidar_controller(env, seed):
     damping = np.array([[0, -0.3], [0, 0]] if car else [[0.3, 0], [0, 1]])  # of the (x, y) velocity
     wheels, gain = (np.array([[1.5, 1], [1.5, -1]]), 3) if car else (np.eye(2), 2)
     brake, reach = (1, 0.3) if car else (0.3, 0.4)  # below a brake of 1, cars get stuck at buttons
+    free = {"hazards": 0.35} | ({"gremlins": 0.7, "buttons": 0.35} if car else {})  # gremlins move
 
     def act(observation):
         seen = import_simulators().spaces.unflatten(space, observation)
         goal = seen["goal_lidar"] @ bins
         drive, turn = goal / (np.linalg.norm(goal) + 1e-6) - damping @ seen["velocimeter"][:2]
-        for name in ["hazards_lidar", "gremlins_lidar", "buttons_lidar"][: 3 if car else 1]:
-            free = 0.7 if name == "gremlins_lidar" else 0.35  # metres; gremlins move
-            near = np.exp(-np.maximum(3 * (1 - seen[name]) - free, 0) / reach)  # of 3 m
-            wrong = 1.2 * np.clip(20 * (seen[name] - seen["goal_lidar"]), 0, 1)
-            near *= wrong if name == "buttons_lidar" else caution  # the goal is one of the buttons
+        for name, metres in free.items():
+            lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
+            near = np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / reach)
+            if name == "buttons":  # of which the goal is one
+                near *= 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)
+            else:
+                near *= caution
             drive, turn = drive - brake * near @ ahead, turn - near @ (ahead * np.sign(bins[:, 1]))
         return wheels @ [speed * drive, np.clip(gain * turn, -1, 1)] + rng.normal(0, noise, 2)
 
