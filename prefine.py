@@ -157,7 +157,7 @@ def parse_args(argv=None):
     add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
     add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
-    add("--return-weight", 2.0, weight, "w = n softmax(this * return / std of returns)")
+    add("--return-weight", 3.0, weight, "w = n softmax(this * return / std of returns)")
     add = partial(flag, parser.add_argument_group("evaluation"))
     add("--eval-episodes", 20, count, "simulated episodes, before and after")
     add("--eval-sample", False, bool, "sample actions instead of taking the mean")
