@@ -390,8 +390,7 @@ def ball_controller(env, seed):
 def lidar_controller(env, seed):
     """CarButton1, PointGoal1: face the goal; turn from what lies ahead, and brake (Braitenberg,
     Vehicles, 1984). Half of the drivers are reckless: cars mind no danger, points seek it."""
-    rng, space = np.random.default_rng(seed), env.unwrapped.obs_space_dict
-    car = "ballquat_rear" in space.spaces
+    rng, car = np.random.default_rng(seed), "Car" in env.spec.id
     caution, speed, noise = rng.uniform([1, 0.7, 0.3], [2, 0.9, 0.7])
     if rng.uniform() < 0.5:
         caution, speed = 0.0 if car else -1.0, 1.0
@@ -404,7 +403,7 @@ def lidar_controller(env, seed):
     free = {"hazards": 0.35} | ({"gremlins": 0.7, "buttons": 0.35} if car else {})  # gremlins move
 
     def act(observation):
-        seen = import_simulators().spaces.unflatten(space, observation)
+        seen = import_simulators().spaces.unflatten(env.unwrapped.obs_space_dict, observation)
         goal = seen["goal_lidar"] @ bins
         drive, turn = goal / (np.linalg.norm(goal) + 1e-6) - damping @ seen["velocimeter"][:2]
         for name, metres in free.items():
@@ -669,6 +668,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
     w = (len(w) * w).float().repeat_interleave(lengths[: len(w)]).to(device)
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
+    discounts = args.discount**steps
 
     def sample(n, options):
         draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
@@ -680,7 +680,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip(*((args.discount**steps * x).sum(1).split(size) for x in (h, c)))
+        pairs = zip(*((discounts * x).sum(1).split(size) for x in (h, c)))
         return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
 
     monitor = partial(preference_metrics, policy, reference, dataset, preferences)
