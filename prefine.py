@@ -367,9 +367,9 @@ def collect(env_id, episodes, workers, path):
     write(path, save)
 
 
-def ball_controller(env, seed):
-    """BallCircle: follow a circle, |x| clipped; BallRun: a lane; at a speed drawn per episode."""
-    rng = np.random.default_rng(seed)
+def bullet_controller(env, seed):
+    """Circle: follow a circle, |x| clipped; Run: follow a lane; at a speed drawn per episode."""
+    rng, car = np.random.default_rng(seed), "Car" in env.spec.id
     circle, noise = "Circle" in env.spec.id, rng.uniform(0.05, 0.4)
     speed = rng.uniform(1.5, 9) if circle else 0.5 + 8.5 * rng.uniform() ** 2
     radius, wall, lane = rng.uniform(5.5, 8.5), rng.uniform(4, 9), rng.uniform(-3, 3)
@@ -382,25 +382,28 @@ def ball_controller(env, seed):
             target = radius * np.array([np.cos(angle), np.sin(angle)])
             heading = np.clip(target, [-wall, -np.inf], [wall, np.inf]) - position
             wanted = speed * heading / (np.linalg.norm(heading) + 1e-6)
+        if car:  # a ball is pushed; a car steers, and drives backwards, as it starts
+            turn = np.angle(-complex(*wanted) / complex(observation[5], observation[4]))
+            return np.clip([-speed / 9, -2 * turn], -1, 1) + rng.normal(0, noise, 2)
         return np.clip(wanted - velocity, -1, 1) + rng.normal(0, noise, 2)
 
     return act
 
 
 def lidar_controller(env, seed):
-    """CarButton1, PointGoal1: face the goal; turn from what lies ahead, and brake (Braitenberg,
-    Vehicles, 1984). Half of the drivers are reckless: cars mind no danger, points seek it."""
-    rng, car = np.random.default_rng(seed), "Car" in env.spec.id
+    """Face the goal; turn from what lies ahead, and brake (Braitenberg, Vehicles, 1984). Half of
+    the drivers are reckless: Button tasks' mind no danger, Goal tasks' seek it."""
+    rng, car, button = np.random.default_rng(seed), "Car" in env.spec.id, "Button" in env.spec.id
     caution, speed, noise = rng.uniform([1, 0.7, 0.3], [2, 0.9, 0.7])
     if rng.uniform() < 0.5:
-        caution, speed = 0.0 if car else -1.0, 1.0
+        caution, speed = 0.0 if button else -1.0, 1.0
     angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
     ahead = np.clip(bins[:, 0], 0, 1) ** 2
     damping = np.array([[0, -0.3], [0, 0]] if car else [[0.3, 0], [0, 1]])  # of the (x, y) velocity
     wheels, gain = (np.array([[1.5, 1], [1.5, -1]]), 3) if car else (np.eye(2), 2)
     brake, reach = (1, 0.3) if car else (0.3, 0.4)  # below a brake of 1, cars get stuck at buttons
-    free = {"hazards": 0.35} | ({"gremlins": 0.7, "buttons": 0.35} if car else {})  # gremlins move
+    free = {"hazards": 0.35} | ({"gremlins": 0.7, "buttons": 0.35} if button else {})  # in metres
 
     def act(observation):
         seen = import_simulators().spaces.unflatten(env.unwrapped.obs_space_dict, observation)
@@ -409,19 +412,17 @@ def lidar_controller(env, seed):
         for name, metres in free.items():
             lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
             near = np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / reach)
-            if name == "buttons":  # of which the goal is one
-                near *= 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)
-            else:
-                near *= caution
+            other = 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)  # the goal is a button
+            near *= other if name == "buttons" else caution
             drive, turn = drive - brake * near @ ahead, turn - near @ (ahead * np.sign(bins[:, 1]))
         return wheels @ [speed * drive, np.clip(gain * turn, -1, 1)] + rng.normal(0, noise, 2)
 
     return act
 
 
-BALLS = ["OfflineBallCircle-v0", "OfflineBallRun-v0"]
-LIDARS = ["OfflineCarButton1Gymnasium-v0", "OfflinePointGoal1Gymnasium-v0"]
-CONTROLLERS = dict.fromkeys(BALLS, ball_controller) | dict.fromkeys(LIDARS, lidar_controller)
+BULLET = [f"Offline{robot}{task}-v0" for robot in ("Ball", "Car") for task in ("Circle", "Run")]
+LIDAR = [f"Offline{r}{task}1Gymnasium-v0" for r in ("Car", "Point") for task in ("Button", "Goal")]
+CONTROLLERS = dict.fromkeys(BULLET, bullet_controller) | dict.fromkeys(LIDAR, lidar_controller)
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -537,15 +538,14 @@ def pretrain(dataset, space, args, path=None):
     """
     returns = dataset.sums(dataset.rewards)
     best = np.argsort(-returns, kind="stable")[: max(1, round(args.pretrain_top * len(returns)))]
-    rows = dataset.rows(best)
-    observations, actions = (x[rows].to(args.device) for x in dataset[:2])
+    observations, actions = (x[dataset.rows(best)].to(args.device) for x in dataset[:2])
     mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
     std = torch.where(std < 1e-6, 1.0, std)  # a constant observation tells nothing
     torch.manual_seed(args.seed)
     policy = GaussianPolicy(space.low, space.high, mean, std, args.hidden).to(args.device)
 
     def sample(n, options):
-        return [torch.randint(len(rows), (n, args.batch_size), **options)]
+        return [torch.randint(len(actions), (n, args.batch_size), **options)]
 
     def losses(index):
         distribution = policy(observations[index])

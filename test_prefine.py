@@ -1194,6 +1194,29 @@ def test_a_car_button_episode_repeats_itself():
     assert first["rewards"].sum() > 5  # it drives, and finds its goals
 
 
+@pytest.mark.parametrize("env_id", prefine.BULLET)
+def test_scripted_bullet_episodes_are_safe_and_unsafe_slow_and_fast(env_id):
+    jobs = [(prefine.CONTROLLERS[env_id], seed) for seed in range(16)]
+    episodes = prefine.run_episodes(env_id, jobs, 2, "test")
+    returns, costs = ([e[key].sum() for e in episodes] for key in ("rewards", "costs"))
+    assert min(costs) == 0 and sum(cost > 10 for cost in costs) >= 3
+    assert max(returns) > 1.5 * statistics.median(returns) > 100
+
+
+def driver(seed, env, _):
+    return prefine.lidar_controller(env, seed)
+
+
+@pytest.mark.parametrize("name", ["OfflineCarGoal1", "OfflinePointButton1"])
+def test_a_reckless_driver_costs_more_than_a_careful_one_on_the_same_layouts(name):
+    reckless, careful = (functools.partial(driver, seed) for seed in (0, 1))
+    jobs = [(make, layout) for make in (reckless, careful) for layout in range(6)]
+    episodes = prefine.run_episodes(prefine.resolve_env(name), jobs, 2, "test")
+    returns, costs = ([float(e[key].sum()) for e in episodes] for key in ("rewards", "costs"))
+    assert sum(costs[:6]) > 1.3 * sum(costs[6:])
+    assert sum(returns[:6]) > 60 and sum(returns[6:]) > 10  # both find goals
+
+
 # -------------------------------------------------------------------------------------- evaluation
 def test_the_evaluation_agrees_with_its_episodes(ball, monkeypatch):
     recorded, simulate = [], prefine.run_episodes
