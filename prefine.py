@@ -412,8 +412,8 @@ def lidar_controller(env, seed):
         for name, metres in free.items():
             lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
             near = np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / reach)
-            other = 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)  # the goal is a button
-            near *= other if name == "buttons" else caution
+            others = lidar - seen["goal_lidar"]  # of the buttons one is the goal
+            near *= 1.2 * np.clip(20 * others, 0, 1) if name == "buttons" else caution
             drive, turn = drive - brake * near @ ahead, turn - near @ (ahead * np.sign(bins[:, 1]))
         return wheels @ [speed * drive, np.clip(gain * turn, -1, 1)] + rng.normal(0, noise, 2)
 
@@ -536,16 +536,16 @@ def pretrain(dataset, space, args, path=None):
     Behaviour cloning of the best episodes is the "%BC" of Chen et al., Decision Transformer, 2021.
     Returns the GaussianPolicy for actions in the Box ``space``, and its curve as of ``optimise``.
     """
-    returns = dataset.sums(dataset.rewards)
-    best = np.argsort(-returns, kind="stable")[: max(1, round(args.pretrain_top * len(returns)))]
-    observations, actions = (x[dataset.rows(best)].to(args.device) for x in dataset[:2])
+    order = np.argsort(-dataset.sums(dataset.rewards), kind="stable")  # best episodes first
+    rows = dataset.rows(order[: max(1, round(args.pretrain_top * len(order)))])
+    observations, actions = (x[rows].to(args.device) for x in dataset[:2])
     mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
     std = torch.where(std < 1e-6, 1.0, std)  # a constant observation tells nothing
     torch.manual_seed(args.seed)
     policy = GaussianPolicy(space.low, space.high, mean, std, args.hidden).to(args.device)
 
     def sample(n, options):
-        return [torch.randint(len(actions), (n, args.batch_size), **options)]
+        return [torch.randint(len(rows), (n, args.batch_size), **options)]
 
     def losses(index):
         distribution = policy(observations[index])
