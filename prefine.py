@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch==2.13.0", "numpy==1.26.4", "gymnasium==0.28.1", "h5py==3.16.0", "tqdm==4.70.1",
 #   "scipy==1.15.3", "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0",
-#   "pybullet==3.2.7", "mujoco==2.3.3",
+#   "pybullet==3.2.7", "mujoco==2.3.3", "filelock==4.3.1",
 # ]
 # [tool.uv]  # dsrl's and safety-gymnasium's own pins have no wheels for 3.11; gym is not needed
 # override-dependencies = ["pygame==2.6.1", "mujoco==2.3.3", "gym; sys_platform == 'never'"]
@@ -18,10 +18,10 @@ dispreferred. A counterfactual keeps a trajectory's states s and replaces its ac
 c ~ pi(.|s). With h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
 
   E_preferred    [-w log sigmoid(beta (h(s, a) - h(s, c))) / beta]    preferred > counterfactual
-+ E_dispreferred [-  log sigmoid(beta (h(s, c) - h(s, a))) / beta]    counterfactual > dispreferred
++ E_dispreferred [-v log sigmoid(beta (h(s, c) - h(s, a))) / beta]    counterfactual > dispreferred
 + E_preferred    [-w log pi(a|s)]                                     imitation
 
-each times its weight. w grows with the return, which retains the reward. run() sums the method up.
+each times its weight. w grows with the return; v is 1 where preferred trajectories go as well.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import copy
 import csv
 import dataclasses
 import difflib
-import fcntl
 import hashlib
 import io
 import json
@@ -53,6 +52,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout  # torch needs it as well
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -90,6 +90,7 @@ METHODS = {  # corners of one flag space: same network, data, updates and evalua
     "no-dispreferred": dict(contrast_dispreferred=0.0),
     "no-imitation": dict(imitation=0.0),
     "no-return-weight": dict(return_weight=0.0),
+    "all-dispreferred": dict(all_dispreferred=True, contrast_dispreferred=0.1),
 }
 
 
@@ -126,11 +127,10 @@ def parse_args(argv=None):
     add("--no-report", False, bool, "draw and track nothing, measure no contrast of the labels")
     add("--capture-video", False, bool, "draw before.gif and after.gif as well")
     add("--track", False, bool, "log the run to Weights & Biases when it ends")
-    add = partial(flag, parser.add_argument_group("data"))
+    add = partial(flag, parser.add_argument_group("data and preferences"))
     add("--dataset", "dsrl", str, "dsrl, scripted, or an HDF5 file in DSRL's format")
     add("--scripted-episodes", 300, count, "episodes of the scripted data set")
     add("--cost-limit", None, weight, "highest safe cost return (default: DSRL's 10 or 20)")
-    add = partial(flag, parser.add_argument_group("preferences"))
     add("--preferred", 40, count, "preferred trajectories, drawn from the safe ones")
     add("--dispreferred", 40, count, "dispreferred trajectories, drawn from the unsafe")
     add("--preferences", None, str, "CSV file of episode,label; no cost is needed then")
@@ -153,7 +153,8 @@ def parse_args(argv=None):
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
-    add("--contrast-dispreferred", 0.1, weight, "weight of counterfactual > dispreferred")
+    add("--contrast-dispreferred", 0.4, weight, "weight of counterfactual > dispreferred")
+    add("--all-dispreferred", False, bool, "also in states where no preferred trajectory goes")
     add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
     add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
@@ -425,7 +426,7 @@ LIDAR = [f"Offline{r}{task}1Gymnasium-v0" for r in ("Car", "Point") for task in 
 CONTROLLERS = dict.fromkeys(BULLET, bullet_controller) | dict.fromkeys(LIDAR, lidar_controller)
 
 
-# ----------------------------------------------------------------------------------------- policy
+# ------------------------------------------------------------------------ policy and pre-training
 def gaussian_log_prob(mean, std, actions, low, high):
     """Exact log-probability [...] of actions [..., A] of a Gaussian clipped to [low, high]:
     inside, the normal density; on a bound, as many actions are, the mass that is clipped to it."""
@@ -435,15 +436,9 @@ def gaussian_log_prob(mean, std, actions, low, high):
     return torch.where((actions > low) & (actions < high), inside, clipped).sum(-1)
 
 
-def gaussian_kl(one, other):
-    """KL(one | other) [...], nats, of (mean, std) before clipping, which bounds that after it."""
-    return kl_divergence(Normal(*one), Normal(*other)).sum(-1)
-
-
 class GaussianPolicy(nn.Module):
-    """MLP with a diagonal Gaussian, clipped to the action space [low, high], each [A].
-    ``mean`` and ``std`` [O] normalise observations, as buffers: a checkpoint is self-contained.
-    ``log_std_bounds`` are in units of half the action range."""
+    """MLP with a diagonal Gaussian, clipped to the action space [low, high], each [A]; ``mean`` and
+    ``std`` [O] normalise observations; ``log_std_bounds`` are of std in half action ranges."""
 
     def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
         super().__init__()
@@ -491,7 +486,6 @@ def load_policy(path, env_id=None):
     return policy
 
 
-# ----------------------------------------------------------------------- training and pre-training
 def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
     """Minimise a sum of terms by Adam with a cosine decay of the learning rate.
 
@@ -590,6 +584,19 @@ def read_preferences(path, episodes):
     return found
 
 
+def near_preferred(states, preferred, n=100):
+    """Which states [M] of dispreferred episodes have a preferred one as the nearest, in standard
+    deviations, of ``n`` evenly spaced states of each other labelled episode. ``states`` are [T, O]
+    of each labelled episode, of which the first ``preferred`` are preferred."""
+    std, mean = torch.std_mean(torch.cat(states), 0)
+    states, near = [(x - mean) / (std + 1e-6) for x in states], []
+    points = torch.stack([x[torch.linspace(0, len(x) - 1, n).long()] for x in states])  # [E, n, O]
+    for i in range(preferred, len(states)):
+        others = torch.cat([points[:i], points[i + 1 :]]).flatten(0, 1)
+        near.append(torch.cdist(states[i], others).argmin(1) < n * preferred)
+    return torch.cat(near)
+
+
 # ------------------------------------------------------------- counterfactuals and the joint loss
 def preference_loss(winner, loser, beta, smoothing=0.0):
     """DPO's loss of ``winner > loser`` (Rafailov et al. 2023, eq. 7), element by element.
@@ -603,11 +610,10 @@ def preference_loss(winner, loser, beta, smoothing=0.0):
 
 
 def log_ratios(distribution, reference, actions, low, high, noise, source="current"):
-    """Log-ratios h [...] of the actions taken, and mean h [...] of K counterfactuals of them.
+    """Log-ratios h [...] of ``actions`` [..., A], and mean h [...] of K counterfactuals of them.
 
-    ``distribution`` and ``reference`` are mean and std [..., A] of pi and pi_ref where ``actions``
-    [..., A] were taken; counterfactuals are sampled there from one of the two, with standard normal
-    ``noise`` [K, ..., A]. No gradient flows through a sample: it is data.
+    ``distribution`` and ``reference``: mean and std [..., A] of pi and pi_ref in the same states;
+    ``source`` is sampled, with standard normal ``noise`` [K, ..., A]; no gradient flows through it.
     """
     mean, std = distribution if source == "current" else reference
     with torch.no_grad():
@@ -618,23 +624,23 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
     return h[0], h[1:].mean(0)
 
 
-def joint_loss(preferred, dispreferred, kl, return_weight, args):
+def joint_loss(preferred, dispreferred, distributions, weights, args):
     """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``.
 
     ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h), sums over segments [B];
-    ``kl()`` gives KL(pi | pi_ref) [...]; ``return_weight`` is w [B]. Imitation takes h for
-    log pi: they differ by a constant. Terms of weight 0 are left out.
+    ``distributions`` are pi and pi_ref, of KL(pi | pi_ref); ``weights`` are w [B] and v [B].
+    Imitation takes h for log pi: they differ by a constant. Terms of weight 0 are left out.
     """
-    (good, good_c), (bad, bad_c) = preferred, dispreferred
+    (good, good_c), (bad, bad_c), (w, v) = preferred, dispreferred, weights
     contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
     terms = {
-        "contrast_preferred": lambda: return_weight * contrast(good, good_c),
-        "contrast_dispreferred": lambda: contrast(bad_c, bad),
+        "contrast_preferred": lambda: w * contrast(good, good_c),
+        "contrast_dispreferred": lambda: v * contrast(bad_c, bad),
         "contrast_pair": lambda: contrast(good, args.bias * bad),  # bias: CPL, Hejna et al. 2024
-        "imitation": lambda: -return_weight * good,
-        "kl": kl,
+        "imitation": lambda: -w * good,
+        "kl": lambda: kl_divergence(*(Normal(*x) for x in distributions)).sum(-1),  # unclipped
     }
-    return {name: w * terms[name]().mean() for name in terms if (w := getattr(args, name))}
+    return {name: x * terms[name]().mean() for name in terms if (x := getattr(args, name))}
 
 
 # ------------------------------------------------------------------------------------ fine-tuning
@@ -649,14 +655,13 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     args = args or parse_args([])
     reference, policy = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     low, high, device = policy.low, policy.high, policy.low.device
-    preferred, dispreferred = (torch.as_tensor(preferences[label]) for label in LABELS)
-    episodes = torch.cat([preferred, dispreferred])
-    lengths = (dataset.ends - dataset.starts)[episodes]
+    episodes = torch.cat([torch.as_tensor(preferences[label]) for label in LABELS])
+    lengths, preferred = (dataset.ends - dataset.starts)[episodes], len(preferences[LABELS[0]])
     sentence = f"--segment {args.segment}: the shortest labelled episode has {lengths.min()} steps."
     require(args.segment <= lengths.min(), sentence)
 
     # The labelled states, and the reference in them, are the same in every update.
-    rows, border = dataset.rows(episodes), len(dataset.rows(preferred))  # the preferred come first
+    rows, border = dataset.rows(episodes), lengths[:preferred].sum()  # the preferred come first
     observations, actions = (x[rows].to(device) for x in dataset[:2])
     known_mean, known_std = reference(observations)
     whole = rows + args.segment <= dataset.ends[episodes].repeat_interleave(lengths)
@@ -664,11 +669,13 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     starts = starts[starts < border], starts[starts >= border]
 
     # Among the safe, imitate the rewarding: a preferred episode counts by its return.
-    returns = torch.from_numpy(dataset.sums(dataset.rewards))[preferred]
+    returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:preferred]]
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
-    w = (len(w) * w).float().repeat_interleave(lengths[: len(w)]).to(device)
+    w = (preferred * w).float().repeat_interleave(lengths[:preferred]).to(device)
+    # Where no preferred trajectory goes, nothing would hold what is pushed away.
+    near = near_preferred(observations.split(lengths.tolist()), preferred)
+    weights = torch.cat([w, near | args.all_dispreferred])
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
-    discounts = args.discount**steps
 
     def sample(n, options):
         draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
@@ -680,8 +687,8 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip(*((discounts * x).sum(1).split(size) for x in (h, c)))
-        return joint_loss(*pairs, lambda: gaussian_kl(distribution, known), w[starts[:size]], args)
+        pairs = zip(*((args.discount**steps * x).sum(1).split(size) for x in (h, c)))
+        return joint_loss(*pairs, (distribution, known), weights[starts].split(size), args)
 
     monitor = partial(preference_metrics, policy, reference, dataset, preferences)
     return policy, optimise("finetune", policy, sample, losses, args, path, monitor)
@@ -707,7 +714,7 @@ def preference_metrics(policy, reference, dataset, preferences, states=32):
         for pair, margin in zip(PAIRS, margins):
             metrics[f"margin/{name}/{pair}"] = margin.mean().item()
             metrics[f"accuracy/{name}/{pair}"] = (margin > 0).float().mean().item()
-        metrics[f"kl/{name}"] = gaussian_kl(now, before).mean().item()
+        metrics[f"kl/{name}"] = kl_divergence(Normal(*now), Normal(*before)).sum(-1).mean().item()
     return metrics
 
 
@@ -753,15 +760,12 @@ def print_table(metrics):
 
 # ------------------------------------------------------------------------------------------- main
 def write(path, save):
-    """Write a file whole or not at all: ``save(open file)`` to another name, sync, rename."""
+    """Write a file whole or not at all: ``save(file)`` in memory, another name, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # never two writers of one file
     save(content := io.BytesIO())
     try:
-        with open(part, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content.getbuffer())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -772,18 +776,14 @@ def write_json(path, *contents, indent=None):
     write(path, lambda file: file.write("".join(lines).encode()))
 
 
-@contextlib.contextmanager
 def lock(path, sentence=None):
     """Hold the lock file ``path``: wait for its present holder, or UserError(sentence)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            require(not sentence, sentence)
-            print(f"waiting for the process that holds {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        return FileLock(path).acquire(timeout=0)
+    except Timeout:
+        require(not sentence, sentence)
+        print(f"waiting for the process that holds {path}")
+        return FileLock(path).acquire()
 
 
 def draw(verb, folder, args):

@@ -22,7 +22,7 @@ folder=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 if [ -e "$folder/prefine.py" ] && [[ ! ${1:-} =~ ^(draw|report|check)$ ]]; then cd -- "$folder"; fi
 
 read -ra TASKS <<<"${TASKS:-OfflineBallCircle OfflineBallRun OfflineHalfCheetahVelocity OfflineCarButton1 OfflinePointGoal1}"
-read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo cpl no-preferred no-dispreferred no-imitation no-return-weight}"
+read -ra METHODS <<<"${METHODS:-prefine bc-safe dpo cpl no-preferred no-dispreferred no-imitation no-return-weight all-dispreferred}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2 3 4}"
 export HALFCHEETAH=${HALFCHEETAH:-../shared/data/halfcheetah_velocity_sac.hdf5}
 
@@ -389,7 +389,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -447,27 +446,6 @@ def load(config):
     return args, dataset, preferences
 
 
-def spaced(dataset, episodes, n=32):
-    """Evenly spaced observations [E, n, O] of the given episodes."""
-    first, last = dataset.starts[episodes], dataset.ends[episodes] - 1
-    index = first[:, None] + torch.linspace(0, 1, n) * (last - first)[:, None]
-    return dataset.observations[index.long()]
-
-
-def near_share(dataset, preferences):
-    """The share of dispreferred states that lie near preferred ones: as near to a preferred
-    episode as 95 % of the preferred states are to another preferred episode."""
-    scale = dataset.observations.std(0) + 1e-6
-    good, bad = (spaced(dataset, preferences[label]) / scale for label in prefine.LABELS)
-    if len(good) < 2:
-        return None
-    among = torch.cdist(good.flatten(0, 1), good.flatten(0, 1))
-    own = torch.arange(len(good)).repeat_interleave(good.shape[1])
-    among = among.masked_fill(own == own[:, None], math.inf).min(1).values
-    nearest = torch.cdist(bad.flatten(0, 1), good.flatten(0, 1)).min(1).values
-    return (nearest <= among.quantile(0.95)).float().mean().item()
-
-
 def contradicted(dataset, preferences, beyond=0.25):
     """Labels that the others contradict, {episode: how far}: they are wrong, or were luck.
 
@@ -520,7 +498,10 @@ def margins(policy, reference, dataset, preferences):
 
 def measure(dataset, preferences, values):
     """How far apart the two sets are, and what was learnt of it: goes to metrics.json."""
-    data = {"near_share": near_share(dataset, preferences), "divergence_bits": None}
+    episodes = np.concatenate([preferences[label] for label in prefine.LABELS])
+    states = [dataset.observations[dataset.rows([e])] for e in episodes]
+    near = prefine.near_preferred(states, len(preferences[prefine.LABELS[0]]))
+    data = {"near_share": near.float().mean().item(), "divergence_bits": None}
     data["contradicted"] = sorted(contradicted(dataset, preferences))
     if dataset.costs is not None:
         costs = dataset.sums(dataset.costs)
@@ -943,6 +924,7 @@ MARKS = {  # method: marker, its size, colour; the last is drawn on top
     "no-dispreferred": ("v", 8, "#999999"),
     "no-imitation": ("<", 8, "#999999"),
     "no-return-weight": (">", 8, "#F0E442"),
+    "all-dispreferred": ("P", 8, "#56B4E9"),
     "prefine": ("*", 14, "#0072B2"),
 }
 

@@ -202,15 +202,6 @@ def test_log_prob_and_its_gradient_are_finite_even_far_in_the_tails():
         assert value.isfinite().all() and all(g.isfinite().all() for g in gradients)
 
 
-def test_kl_agrees_with_its_formula():
-    mean, std, other_mean, other_std = torch.rand(4, 5, 2) + 0.1
-    ratio = std**2 / other_std**2
-    expected = ((mean - other_mean) ** 2 / other_std**2 + ratio - 1 - ratio.log()).sum(-1) / 2
-    found = prefine.gaussian_kl((mean, std), (other_mean, other_std))
-    torch.testing.assert_close(found, expected)
-    assert prefine.gaussian_kl((mean, std), (mean, std)).abs().max() < 1e-6
-
-
 def test_mean_lies_in_the_space_and_std_within_its_bounds():
     low, high = np.array([-2.0, 0.0]), np.array([2.0, 1.0])
     policy = prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16], (-1.5, 0.5))
@@ -389,22 +380,25 @@ def test_no_gradient_flows_through_a_sample():
 def loss_inputs(segments=5, steps=3):
     generator = torch.Generator().manual_seed(1)
     good, good_c, bad, bad_c = torch.randn(4, segments, generator=generator)
-    kl = torch.rand(2 * segments, steps, generator=generator)
+    numbers = torch.rand(2, 2, 2 * segments, steps, 2, generator=generator) + 0.1
     w = torch.rand(segments, generator=generator)
-    return (good, good_c), (bad, bad_c), lambda: kl, w
+    v = torch.arange(segments) % 2.0
+    return (good, good_c), (bad, bad_c), [(mean, std) for mean, std in numbers], (w, v)
 
 
 def expected_terms(inputs, beta):
     """The terms of the joint loss, from their formulas, in numpy."""
-    (good, good_c), (bad, bad_c) = ([x.numpy() for x in part] for part in inputs[:2])
-    kl, w = inputs[2]().numpy(), inputs[3].numpy()
+    parts = ([x.numpy() for x in part] for part in (*inputs[:2], *inputs[2], inputs[3]))
+    (good, good_c), (bad, bad_c), (mean, std), (other_mean, other_std), (w, v) = parts
+    ratio = std**2 / other_std**2
+    kl = ((mean - other_mean) ** 2 / other_std**2 + ratio - 1 - np.log(ratio)).sum(-1) / 2
 
     def loss(margin):
         return np.log1p(np.exp(-beta * margin)) / beta
 
     return {
         "contrast_preferred": (w * loss(good - good_c)).mean(),
-        "contrast_dispreferred": loss(bad_c - bad).mean(),
+        "contrast_dispreferred": (v * loss(bad_c - bad)).mean(),
         "contrast_pair": loss(good - bad).mean(),
         "imitation": (-w * good).mean(),
         "kl": kl.mean(),
@@ -431,7 +425,7 @@ def test_the_bias_of_cpl_scales_the_loser_of_a_pair_and_no_counterfactual():
     terms = prefine.joint_loss(*inputs, flags(text))
     expected = prefine.preference_loss(good, 0.25 * bad, 0.3).mean()
     torch.testing.assert_close(terms["contrast_pair"], expected)
-    expected = prefine.preference_loss(bad_c, bad, 0.3).mean()
+    expected = (inputs[3][1] * prefine.preference_loss(bad_c, bad, 0.3)).mean()
     torch.testing.assert_close(terms["contrast_dispreferred"], expected)
 
 
@@ -468,6 +462,33 @@ def test_a_segment_is_contrasted_by_the_discounted_sum_of_its_steps(monkeypatch,
         torch.testing.assert_close(found, sum(discount**t * steps[:, t] for t in range(5)))
 
 
+def test_near_preferred_are_states_whose_nearest_in_another_episode_is_a_preferred_one():
+    rng = np.random.default_rng(0)
+    lengths = [30, 40, 25, 50, 35]
+    episodes = [rng.normal(e % 3, 1, (n, 4)) * [1, 100, 0, 1e-3] for e, n in enumerate(lengths)]
+    states = [torch.as_tensor(x + [0, 1e4, 9.81, 0], dtype=torch.float32) for x in episodes]
+    scale, expected = np.concatenate(episodes).std(0) + [0, 0, 1, 0], []
+    for i in (2, 3, 4):
+        others = [j for j in range(5) if j != i]
+        points = [episodes[j][np.linspace(0, lengths[j] - 1, 10).astype(int)] for j in others]
+        distances = (episodes[i][:, None] - np.concatenate(points)) / scale
+        nearest = (distances**2).sum(-1).argmin(1) // 10  # its place among the others
+        expected += [others[j] < 2 for j in nearest]
+    found = prefine.near_preferred(states, 2, n=10).tolist()
+    assert np.mean(np.equal(found, expected)) > 0.98  # but for ties within rounding
+    assert 0.1 < np.mean(found) < 0.9
+
+
+def test_dispreferred_actions_are_unlearnt_only_where_preferred_trajectories_go():
+    dataset = toy_dataset()
+    dataset.observations[dataset.rows([1, 3, 5, 7])] += 20  # all that is dispreferred
+    text = SMALL + "--finetune-updates 20 --contrast-preferred 0 --imitation 0 "
+    for flag in "", "--all-dispreferred":
+        before = toy_policy()
+        after, _ = prefine.finetune(before, dataset, toy_preferences(), flags(text + flag))
+        assert same(before, after) == (flag == "")
+
+
 @pytest.mark.parametrize(
     ("term", "sign"), [("contrast_preferred", 1), ("contrast_dispreferred", -1)]
 )
@@ -481,8 +502,8 @@ def test_the_gradient_raises_preferred_and_lowers_dispreferred_actions(term, sig
     known = [x.detach() for x in now]
     pair = prefine.log_ratios(now, known, actions, *BOX, noise)
     before = prefine.gaussian_log_prob(*now, actions, *BOX)
-    kl, ones = functools.partial(prefine.gaussian_kl, now, known), torch.ones(64, 1)
-    terms = prefine.joint_loss(pair, pair, kl, ones, flags(ALONE[term]))
+    ones = torch.ones(64, 1)
+    terms = prefine.joint_loss(pair, pair, (now, known), (ones, ones), flags(ALONE[term]))
     terms[term].backward()
     with torch.no_grad():
         for parameter in policy.parameters():
