@@ -21,7 +21,7 @@ c ~ pi(.|s). With h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
 + E_dispreferred [-v log sigmoid(beta (h(s, c) - h(s, a))) / beta]    counterfactual > dispreferred
 + E_preferred    [-w log pi(a|s)]                                     imitation
 
-each times its weight. w grows with the return; v is 1 where preferred trajectories go as well.
+each times its weight. w grows with the return; v is 1 if the nearest other episode is preferred.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def parse_args(argv=None):
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
     add("--contrast-dispreferred", 0.4, weight, "weight of counterfactual > dispreferred")
-    add("--all-dispreferred", False, bool, "also in states where no preferred trajectory goes")
+    add("--all-dispreferred", False, bool, "also in states where no preferred one is near")
     add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
     add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
@@ -438,7 +438,7 @@ def gaussian_log_prob(mean, std, actions, low, high):
 
 class GaussianPolicy(nn.Module):
     """MLP with a diagonal Gaussian, clipped to the action space [low, high], each [A]; ``mean`` and
-    ``std`` [O] normalise observations; ``log_std_bounds`` are of std in half action ranges."""
+    ``std`` [O] normalise observations; ``log_std_bounds`` are for std in half action ranges."""
 
     def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
         super().__init__()
@@ -525,11 +525,9 @@ def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
 
 
 def pretrain(dataset, space, args, path=None):
-    """Reward-only pre-training: imitate the best episodes by return. Costs are never read.
-
-    Behaviour cloning of the best episodes is the "%BC" of Chen et al., Decision Transformer, 2021.
-    Returns the GaussianPolicy for actions in the Box ``space``, and its curve as of ``optimise``.
-    """
+    """Reward-only pre-training: imitate the best episodes by return, the "%BC" of Chen et al.,
+    Decision Transformer, 2021. Costs are never read. Returns the GaussianPolicy for actions in the
+    Box ``space``, and its curve as of ``optimise``."""
     order = np.argsort(-dataset.sums(dataset.rewards), kind="stable")  # best episodes first
     rows = dataset.rows(order[: max(1, round(args.pretrain_top * len(order)))])
     observations, actions = (x[rows].to(args.device) for x in dataset[:2])
@@ -584,16 +582,17 @@ def read_preferences(path, episodes):
     return found
 
 
-def near_preferred(states, preferred, n=100):
-    """Which states [M] of dispreferred episodes have a preferred one as the nearest, in standard
-    deviations, of ``n`` evenly spaced states of each other labelled episode. ``states`` are [T, O]
-    of each labelled episode, of which the first ``preferred`` are preferred."""
+def near_preferred(states, preferred, n=4000):
+    """v [M], for each state of dispreferred episodes: if the nearest state of any other episode, in
+    standard deviations and of about ``n`` evenly spaced ones of each label, is a preferred one.
+    ``states`` [T, O] are of each labelled episode; the first ``preferred`` ones are preferred."""
     std, mean = torch.std_mean(torch.cat(states), 0)
     states, near = [(x - mean) / (std + 1e-6) for x in states], []
-    points = torch.stack([x[torch.linspace(0, len(x) - 1, n).long()] for x in states])  # [E, n, O]
+    parts = [-(-n // preferred)] * preferred + [-(-n // (len(states) - preferred))] * len(states)
+    points = [x[torch.linspace(0, len(x) - 1, k).long()] for x, k in zip(states, parts)]
     for i in range(preferred, len(states)):
-        others = torch.cat([points[:i], points[i + 1 :]]).flatten(0, 1)
-        near.append(torch.cdist(states[i], others).argmin(1) < n * preferred)
+        others = torch.cat(points[:i] + points[i + 1 :])
+        near.append(torch.cdist(states[i], others).argmin(1) < preferred * parts[0])
     return torch.cat(near)
 
 
@@ -613,7 +612,7 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
     """Log-ratios h [...] of ``actions`` [..., A], and mean h [...] of K counterfactuals of them.
 
     ``distribution`` and ``reference``: mean and std [..., A] of pi and pi_ref in the same states;
-    ``source`` is sampled, with standard normal ``noise`` [K, ..., A]; no gradient flows through it.
+    ``source`` is sampled, with standard normal ``noise`` [K, ..., A]: data, without a gradient.
     """
     mean, std = distribution if source == "current" else reference
     with torch.no_grad():
@@ -628,8 +627,9 @@ def joint_loss(preferred, dispreferred, distributions, weights, args):
     """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``.
 
     ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h), sums over segments [B];
-    ``distributions`` are pi and pi_ref, of KL(pi | pi_ref); ``weights`` are w [B] and v [B].
-    Imitation takes h for log pi: they differ by a constant. Terms of weight 0 are left out.
+    ``distributions`` are (mean, std) of pi and pi_ref, whose KL before clipping bounds that after
+    it; ``weights`` are w [B] and v [B]. Imitation takes h for log pi: they differ by a constant.
+    Terms of weight 0 are left out.
     """
     (good, good_c), (bad, bad_c), (w, v) = preferred, dispreferred, weights
     contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
@@ -638,7 +638,7 @@ def joint_loss(preferred, dispreferred, distributions, weights, args):
         "contrast_dispreferred": lambda: v * contrast(bad_c, bad),
         "contrast_pair": lambda: contrast(good, args.bias * bad),  # bias: CPL, Hejna et al. 2024
         "imitation": lambda: -w * good,
-        "kl": lambda: kl_divergence(*(Normal(*x) for x in distributions)).sum(-1),  # unclipped
+        "kl": lambda: kl_divergence(*(Normal(*x) for x in distributions)).sum(-1),
     }
     return {name: x * terms[name]().mean() for name in terms if (x := getattr(args, name))}
 
@@ -672,7 +672,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:preferred]]
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
     w = (preferred * w).float().repeat_interleave(lengths[:preferred]).to(device)
-    # Where no preferred trajectory goes, nothing would hold what is pushed away.
+    # v: where no preferred trajectory is near, nothing would hold what is pushed away.
     near = near_preferred(observations.split(lengths.tolist()), preferred)
     weights = torch.cat([w, near | args.all_dispreferred])
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
@@ -688,7 +688,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
         pairs = zip(*((args.discount**steps * x).sum(1).split(size) for x in (h, c)))
-        return joint_loss(*pairs, (distribution, known), weights[starts].split(size), args)
+        return joint_loss(*pairs, (distribution, known), weights[index].mean(1).split(size), args)
 
     monitor = partial(preference_metrics, policy, reference, dataset, preferences)
     return policy, optimise("finetune", policy, sample, losses, args, path, monitor)
@@ -760,7 +760,7 @@ def print_table(metrics):
 
 # ------------------------------------------------------------------------------------------- main
 def write(path, save):
-    """Write a file whole or not at all: ``save(file)`` in memory, another name, rename."""
+    """Write a file whole or not at all, but for a power cut: to memory, to a part, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # never two writers of one file
     save(content := io.BytesIO())

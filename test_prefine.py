@@ -469,12 +469,13 @@ def test_near_preferred_are_states_whose_nearest_in_another_episode_is_a_preferr
     states = [torch.as_tensor(x + [0, 1e4, 9.81, 0], dtype=torch.float32) for x in episodes]
     scale, expected = np.concatenate(episodes).std(0) + [0, 0, 1, 0], []
     for i in (2, 3, 4):
-        others = [j for j in range(5) if j != i]
-        points = [episodes[j][np.linspace(0, lengths[j] - 1, 10).astype(int)] for j in others]
+        points, preferred = [], []
+        for j, n in [(j, 10 if j < 2 else 7) for j in range(5) if j != i]:  # 20 of each label
+            points.append(episodes[j][np.linspace(0, lengths[j] - 1, n).astype(int)])
+            preferred += [j < 2] * n
         distances = (episodes[i][:, None] - np.concatenate(points)) / scale
-        nearest = (distances**2).sum(-1).argmin(1) // 10  # its place among the others
-        expected += [others[j] < 2 for j in nearest]
-    found = prefine.near_preferred(states, 2, n=10).tolist()
+        expected += [preferred[j] for j in (distances**2).sum(-1).argmin(1)]
+    found = prefine.near_preferred(states, 2, n=20).tolist()
     assert np.mean(np.equal(found, expected)) > 0.98  # but for ties within rounding
     assert 0.1 < np.mean(found) < 0.9
 
