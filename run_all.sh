@@ -532,9 +532,9 @@ def warn(data, values):
         print("warning: the costs of the preferred and the dispreferred set hardly differ")
         print(f"  ({data['divergence_bits']:.2f} of 1 bit): do the labels say what is safe?")
     pairs = values.get("heldout/preferred_dispreferred", np.ones(1))
-    if (pairs > 0).mean() <= 0.5:
-        print("warning: on held-out trajectories the policy tells preferred from dispreferred in")
-        print(f"  {(pairs > 0).mean():.0%} of the pairs, no more than by chance: the contrast is too weak")
+    if (pairs > 0).mean() < 0.4:  # about one half is normal where w counts a few trajectories only
+        print("warning: on held-out trajectories the policy ranks preferred above dispreferred in")
+        print(f"  {(pairs > 0).mean():.0%} of the pairs, less than by chance: the contrast is too weak")
         print("  to learn from. More labels, or clearer ones, may help.")
 
 
