@@ -1521,8 +1521,8 @@ def test_of_two_that_want_the_same_data_one_collects_and_the_other_waits(ball_ru
 def test_a_killed_process_is_reported_and_leaves_no_other(victim, ball_run, tmp_path):
     folder = tmp_path / "run"
     process = start(*BALL_RUN.split(), "--run-dir", folder, "--eval-episodes", 200)
-    # Not in the pool's first milliseconds: Python 3.11's own pool can then wait for ever.
-    wait_until(lambda: list(folder.rglob("evaluate-*.npz")))
+    # Not while the pool starts its workers: Python 3.11's own pool can then wait for ever.
+    wait_until(lambda: len(list(folder.rglob("evaluate-*.npz"))) > 20)
     number = workers(process.pid)[0] if victim == "worker" else process.pid
     os.kill(number, signal.SIGKILL)
     error = process.communicate(timeout=60)[1]
