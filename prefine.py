@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch==2.13.0", "numpy==1.26.4", "gymnasium==0.28.1", "h5py==3.16.0", "tqdm==4.70.1",
 #   "scipy==1.15.3", "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0",
-#   "pybullet==3.2.7", "mujoco==2.3.3", "filelock==4.3.1",
+#   "pybullet==3.2.7", "mujoco==2.3.3", "filelock>=3.20,<5",
 # ]
 # [tool.uv]  # dsrl's and safety-gymnasium's own pins have no wheels for 3.11; gym is not needed
 # override-dependencies = ["pygame==2.6.1", "mujoco==2.3.3", "gym; sys_platform == 'never'"]
