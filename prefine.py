@@ -627,9 +627,8 @@ def joint_loss(preferred, dispreferred, distributions, weights, args):
     """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``.
 
     ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h), sums over segments [B];
-    ``distributions`` are (mean, std) of pi and pi_ref, whose KL before clipping bounds that after
-    it; ``weights`` are w [B] and v [B]. Imitation takes h for log pi: they differ by a constant.
-    Terms of weight 0 are left out.
+    ``distributions``, of (mean, std), are pi and pi_ref unclipped; ``weights`` are w [B] and v [B].
+    Imitation takes h for log pi: they differ by a constant. Terms of weight 0 are left out.
     """
     (good, good_c), (bad, bad_c), (w, v) = preferred, dispreferred, weights
     contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
@@ -638,7 +637,7 @@ def joint_loss(preferred, dispreferred, distributions, weights, args):
         "contrast_dispreferred": lambda: v * contrast(bad_c, bad),
         "contrast_pair": lambda: contrast(good, args.bias * bad),  # bias: CPL, Hejna et al. 2024
         "imitation": lambda: -w * good,
-        "kl": lambda: kl_divergence(*(Normal(*x) for x in distributions)).sum(-1),
+        "kl": lambda: kl_divergence(*(Normal(*x) for x in distributions)).sum(-1),  # an upper bound
     }
     return {name: x * terms[name]().mean() for name in terms if (x := getattr(args, name))}
 
@@ -676,6 +675,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     near = near_preferred(observations.split(lengths.tolist()), preferred)
     weights = torch.cat([w, near | args.all_dispreferred])
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
+    discounts = args.discount**steps
 
     def sample(n, options):
         draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
@@ -687,7 +687,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
         taken, known = actions[index], (known_mean[index], known_std[index])
         distribution = policy(observations[index])  # one forward serves a and c
         h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip(*((args.discount**steps * x).sum(1).split(size) for x in (h, c)))
+        pairs = zip(*((discounts * x).sum(1).split(size) for x in (h, c)))
         return joint_loss(*pairs, (distribution, known), weights[index].mean(1).split(size), args)
 
     monitor = partial(preference_metrics, policy, reference, dataset, preferences)

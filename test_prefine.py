@@ -418,6 +418,13 @@ def test_each_term_of_the_joint_loss_agrees_with_its_formula(name):
     assert terms[name].item() == pytest.approx(expected_terms(inputs, 0.3)[name], rel=1e-5)
 
 
+def test_the_kl_of_a_policy_to_itself_is_0():
+    sums, weights = loss_inputs()[:2], loss_inputs()[3]
+    mean, std, _ = torch.rand(3, 10, 3, 2) + 0.1
+    terms = prefine.joint_loss(*sums, [(mean, std)] * 2, weights, flags(ALONE["kl"]))
+    assert abs(terms["kl"].item()) < 1e-6
+
+
 def test_the_bias_of_cpl_scales_the_loser_of_a_pair_and_no_counterfactual():
     inputs = loss_inputs()
     (good, _), (bad, bad_c) = inputs[:2]
