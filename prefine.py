@@ -21,7 +21,8 @@ c ~ pi(.|s). With h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
 + E_dispreferred [-v log sigmoid(beta (h(s, c) - h(s, a))) / beta]    counterfactual > dispreferred
 + E_preferred    [-w log pi(a|s)]                                     imitation
 
-each times its weight. w grows with the return; v is 1 if the nearest other episode is preferred.
+each times its weight. w grows with the return; v, of a dispreferred state, is the w of the
+trajectory that passes nearest to it, and 0 if that is a dispreferred one.
 """
 
 import argparse
@@ -72,11 +73,11 @@ def require(condition, sentence):
 
 
 def progress(items, *args, **options):
-    try:
+    with contextlib.suppress(ImportError):  # finetune(), copied, takes torch and numpy, and no bar
         from tqdm import tqdm
-    except ImportError:
-        return items  # to copy finetune() takes torch and numpy, and no bar
-    return tqdm(items, *args, **options, disable=not sys.stderr.isatty())
+
+        return tqdm(items, *args, **options, disable=not sys.stderr.isatty())
+    return items
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -153,7 +154,7 @@ def parse_args(argv=None):
     add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
-    add("--contrast-dispreferred", 0.4, weight, "weight of counterfactual > dispreferred")
+    add("--contrast-dispreferred", 0.375, weight, "weight of counterfactual > dispreferred")
     add("--all-dispreferred", False, bool, "also in states where no preferred one is near")
     add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
@@ -549,11 +550,9 @@ def pretrain(dataset, space, args, path=None):
 
 # ------------------------------------------------------------------------------------ preferences
 def draw_preferences(costs, limit, preferred, dispreferred, seed, heldout=20):
-    """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``.
-
-    Returns {"preferred": episode indices, "dispreferred": ...}, drawn at random from each side, and
-    up to ``heldout`` more of each to measure, "heldout_...". Raises UserError if there are fewer.
-    """
+    """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``. Returns
+    {"preferred": episode indices, "dispreferred": ...}, drawn at random from each side, and up to
+    ``heldout`` more of each to measure, "heldout_...". Raises UserError if there are fewer."""
     rng, wanted, drawn = np.random.default_rng(seed), (preferred, dispreferred), {}
     for label, n, chosen in zip(LABELS, wanted, (costs <= limit, costs > limit)):
         found = rng.permutation(np.flatnonzero(chosen))
@@ -582,18 +581,24 @@ def read_preferences(path, episodes):
     return found
 
 
-def near_preferred(states, preferred, n=4000):
-    """v [M], for each state of dispreferred episodes: if the nearest state of any other episode, in
-    standard deviations and of about ``n`` evenly spaced ones of each label, is a preferred one.
-    ``states`` [T, O] are of each labelled episode; the first ``preferred`` ones are preferred."""
+def nearest_weights(states, w, n=4000):
+    """v [M] of dispreferred states: the w of the episode that the nearest state of any other
+    episode belongs to, 0 if that one is dispreferred.
+
+    ``states`` [T, O] are of each labelled episode, the preferred first; ``w`` [P] is of those.
+    Nearest in standard deviations, among about ``n`` evenly spaced states of each label.
+    """
     std, mean = torch.std_mean(torch.cat(states), 0)
-    states, near = [(x - mean) / (std + 1e-6) for x in states], []
-    parts = [-(-n // preferred)] * preferred + [-(-n // (len(states) - preferred))] * len(states)
-    points = [x[torch.linspace(0, len(x) - 1, k).long()] for x, k in zip(states, parts)]
-    for i in range(preferred, len(states)):
-        others = torch.cat(points[:i] + points[i + 1 :])
-        near.append(torch.cdist(states[i], others).argmin(1) < preferred * parts[0])
-    return torch.cat(near)
+    states, v = [(x - mean) / (std + 1e-6) for x in states], []
+    weights = torch.cat([w, w.new_zeros(len(states) - len(w))])
+    sizes = [-(-n // k) for k in (len(w), len(states) - len(w)) for _ in range(k)]
+    points = torch.cat([x[torch.linspace(0, len(x) - 1, k).long()] for x, k in zip(states, sizes)])
+    owners = torch.arange(len(states)).repeat_interleave(torch.tensor(sizes)).to(w.device)
+    for episode in range(len(w), len(states)):
+        others = owners != episode
+        nearest = torch.cdist(states[episode], points[others]).argmin(1)
+        v.append(weights[owners[others][nearest]])
+    return torch.cat(v)
 
 
 # ------------------------------------------------------------- counterfactuals and the joint loss
@@ -602,8 +607,7 @@ def preference_loss(winner, loser, beta, smoothing=0.0):
 
     Winner and loser are log-ratios h = log pi - log pi_ref of one shape. Divided by ``beta``, the
     slope where they are equal is 1/2: a small beta only delays saturation. ``smoothing`` is the
-    share of the opposite loss, for labels that may be wrong (cDPO, Mitchell 2023).
-    """
+    share of the opposite loss, for labels that may be wrong (cDPO, Mitchell 2023)."""
     margin = winner - loser  # log sigmoid(-x) = log sigmoid(x) - x
     return smoothing * margin - nn.functional.logsigmoid(beta * margin) / beta
 
@@ -624,12 +628,10 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
 
 
 def joint_loss(preferred, dispreferred, distributions, weights, args):
-    """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``.
-
+    """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``; 0: left out.
     ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h), sums over segments [B];
     ``distributions``, of (mean, std), are pi and pi_ref unclipped; ``weights`` are w [B] and v [B].
-    Imitation takes h for log pi: they differ by a constant. Terms of weight 0 are left out.
-    """
+    Imitation takes h for log pi: they differ by a constant."""
     (good, good_c), (bad, bad_c), (w, v) = preferred, dispreferred, weights
     contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
     terms = {
@@ -649,8 +651,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     ``policy`` is any module from observations [..., O] to mean and std [..., A] whose buffers
     ``low`` and ``high`` bound its actions (infinite: a plain Gaussian); ``preferences`` are episode
     indices {"preferred": [...], "dispreferred": [...]}. Returns the aligned copy, and its curve as
-    of ``optimise``, also for ``path``. Raises UserError if a segment is longer than an episode.
-    """
+    of ``optimise``, also for ``path``. Raises UserError if a segment is longer than an episode."""
     args = args or parse_args([])
     reference, policy = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     low, high, device = policy.low, policy.high, policy.low.device
@@ -670,10 +671,11 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     # Among the safe, imitate the rewarding: a preferred episode counts by its return.
     returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:preferred]]
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
-    w = (preferred * w).float().repeat_interleave(lengths[:preferred]).to(device)
-    # v: where no preferred trajectory is near, nothing would hold what is pushed away.
-    near = near_preferred(observations.split(lengths.tolist()), preferred)
-    weights = torch.cat([w, near | args.all_dispreferred])
+    w = (preferred * w).float().to(device)
+    # v: push where a preferred episode is near, in proportion to how much that one pulls.
+    v = nearest_weights(observations.split(lengths.tolist()), w)
+    v = torch.ones_like(v) if args.all_dispreferred else v
+    weights = torch.cat([w.repeat_interleave(lengths[:preferred].to(device)), v])
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
     discounts = args.discount**steps
 
@@ -754,8 +756,7 @@ def print_table(metrics):
     print("\n{env}, {dataset}, {method}, seed {seed}, cost limit {cost_limit:g}".format(**metrics))
     print(f"{'[95 % interval]':20}{'pre-trained':>26}{'fine-tuned':>26}")
     for key in [key for key in metrics["finetuned"] if not key.endswith("ci95")]:
-        before, after = (cell(metrics[name], key) for name in ("pretrained", "finetuned"))
-        print(f"{key:20}{before:>26}{after:>26}")
+        print(f"{key:20}", *(f"{cell(metrics[x], key):>25}" for x in ("pretrained", "finetuned")))
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -778,12 +779,11 @@ def write_json(path, *contents, indent=None):
 
 def lock(path, sentence=None):
     """Hold the lock file ``path``: wait for its present holder, or UserError(sentence)."""
-    try:
+    with contextlib.suppress(Timeout):
         return FileLock(path).acquire(timeout=0)
-    except Timeout:
-        require(not sentence, sentence)
-        print(f"waiting for the process that holds {path}")
-        return FileLock(path).acquire()
+    require(not sentence, sentence)
+    print(f"waiting for the process that holds {path}")
+    return FileLock(path).acquire()
 
 
 def draw(verb, folder, args):

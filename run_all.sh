@@ -500,8 +500,9 @@ def measure(dataset, preferences, values):
     """How far apart the two sets are, and what was learnt of it: goes to metrics.json."""
     episodes = np.concatenate([preferences[label] for label in prefine.LABELS])
     states = [dataset.observations[dataset.rows([e])] for e in episodes]
-    near = prefine.near_preferred(states, len(preferences[prefine.LABELS[0]]))
-    data = {"near_share": near.float().mean().item(), "divergence_bits": None}
+    ones = torch.ones(len(preferences[prefine.LABELS[0]]))
+    near = prefine.nearest_weights(states, ones)
+    data = {"near_share": near.mean().item(), "divergence_bits": None}
     data["contradicted"] = sorted(contradicted(dataset, preferences))
     if dataset.costs is not None:
         costs = dataset.sums(dataset.costs)

@@ -469,22 +469,52 @@ def test_a_segment_is_contrasted_by_the_discounted_sum_of_its_steps(monkeypatch,
         torch.testing.assert_close(found, sum(discount**t * steps[:, t] for t in range(5)))
 
 
-def test_near_preferred_are_states_whose_nearest_in_another_episode_is_a_preferred_one():
+def test_v_is_the_weight_of_the_nearest_other_episode_in_standard_deviations():
     rng = np.random.default_rng(0)
-    lengths = [30, 40, 25, 50, 35]
+    lengths, w = [30, 40, 25, 50, 35], [0.5, 1.5]
     episodes = [rng.normal(e % 3, 1, (n, 4)) * [1, 100, 0, 1e-3] for e, n in enumerate(lengths)]
     states = [torch.as_tensor(x + [0, 1e4, 9.81, 0], dtype=torch.float32) for x in episodes]
     scale, expected = np.concatenate(episodes).std(0) + [0, 0, 1, 0], []
     for i in (2, 3, 4):
-        points, preferred = [], []
+        points, weights = [], []
         for j, n in [(j, 10 if j < 2 else 7) for j in range(5) if j != i]:  # 20 of each label
             points.append(episodes[j][np.linspace(0, lengths[j] - 1, n).astype(int)])
-            preferred += [j < 2] * n
+            weights += [w[j] if j < 2 else 0.0] * n
         distances = (episodes[i][:, None] - np.concatenate(points)) / scale
-        expected += [preferred[j] for j in (distances**2).sum(-1).argmin(1)]
-    found = prefine.near_preferred(states, 2, n=20).tolist()
+        expected += [weights[j] for j in (distances**2).sum(-1).argmin(1)]
+    found = prefine.nearest_weights(states, torch.tensor(w), n=20).tolist()
     assert np.mean(np.equal(found, expected)) > 0.98  # but for ties within rounding
-    assert 0.1 < np.mean(found) < 0.9
+    assert set(found) == {0.0, 0.5, 1.5}
+
+
+@pytest.mark.parametrize("flag", ["", "--all-dispreferred"])
+def test_states_weigh_w_and_v_in_the_joint_loss(monkeypatch, flag):
+    dataset, preferences, taken, weights = toy_dataset(), toy_preferences(), [], []
+    log_ratios, joint_loss = prefine.log_ratios, prefine.joint_loss
+
+    def record_actions(distribution, reference, actions, *rest):
+        taken.append(actions)
+        return log_ratios(distribution, reference, actions, *rest)
+
+    def record_weights(*inputs):
+        weights.append(torch.cat(inputs[3]))
+        return joint_loss(*inputs)
+
+    monkeypatch.setattr(prefine, "log_ratios", record_actions)
+    monkeypatch.setattr(prefine, "joint_loss", record_weights)
+    monkeypatch.setattr(prefine, "preference_metrics", lambda *inputs: {})
+    text = SMALL + f"--finetune-updates 20 --segment 2 {flag}"
+    prefine.finetune(toy_policy(), dataset, preferences, flags(text))
+    episodes = preferences["preferred"] + preferences["dispreferred"]
+    rows = dataset.rows(episodes)
+    # No two actions are the same, so an action tells its row.
+    index = torch.cdist(torch.cat(taken), dataset.actions[rows]).argmin(-1)
+    returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:4]]
+    w = 4 * torch.softmax(3 * returns / returns.std(correction=0), 0).float()
+    v = prefine.nearest_weights(dataset.observations[rows].split(10), w)
+    assert len(set(v.tolist())) == 5  # each preferred episode is the nearest somewhere, or none is
+    expected = torch.cat([w.repeat_interleave(10), torch.ones(40) if flag else v])
+    torch.testing.assert_close(torch.cat(weights), expected[index].mean(1))
 
 
 def test_dispreferred_actions_are_unlearnt_only_where_preferred_trajectories_go():
@@ -646,6 +676,9 @@ def test_a_constant_observation_does_not_divide_by_zero():
     policy, _ = prefine.pretrain(dataset, BOX_SPACE, flags(PRETRAIN))
     assert all(value.isfinite().all() for value in policy.state_dict().values())
     assert policy(torch.tensor([0.0, 7.5, 0.0]))[0].isfinite().all()
+    dataset.observations[:] = 7.0  # all of them
+    aligned, _ = prefine.finetune(policy, dataset, toy_preferences(), flags(FINETUNE))
+    assert all(value.isfinite().all() for value in aligned.state_dict().values())
 
 
 def test_finetuning_moves_towards_preferred_and_away_from_dispreferred_actions():
@@ -1797,7 +1830,7 @@ def reported(ball_run, tmp_path_factory):
     return folder
 
 
-def test_the_report_measures_how_far_the_two_sets_are_apart(reported, ball_run):
+def test_the_report_measures_how_far_the_two_sets_are_apart(reported, ball_run, cache, ball):
     data, before = metrics(reported)["data"], metrics(ball_run[0])
     assert {key: data[key] for key in before["data"]} == before["data"]
     histograms = data["cost_histograms"]
@@ -1809,7 +1842,20 @@ def test_the_report_measures_how_far_the_two_sets_are_apart(reported, ball_run):
         some = share > 0
         divergence += 0.5 * np.sum(share[some] * np.log2(share[some] / middle[some]))
     assert data["divergence_bits"] == pytest.approx(divergence)
-    assert 0 <= data["near_share"] <= 1
+    dataset = prefine.load_dataset(cache / f"{BALL}-scripted-24.hdf5", ball)
+    sets = prefine.draw_preferences(dataset.sums(dataset.costs), 10, 4, 3, seed=1)
+    episodes = [*sets["preferred"], *sets["dispreferred"]]
+    states = (dataset.observations - dataset.observations[dataset.rows(episodes)].mean(0)).double()
+    states /= dataset.observations[dataset.rows(episodes)].std(0) + 1e-6
+    near = []
+    for own in sets["dispreferred"]:
+        distances = [
+            torch.cdist(states[dataset.rows([own])], states[dataset.rows([e])]).min(1).values
+            for e in episodes
+            if e != own
+        ]
+        near += [*(torch.stack(distances).argmin(0) < 4)]
+    assert data["near_share"] == pytest.approx(np.mean(near), abs=0.005)
 
 
 def test_the_report_has_the_margins_before_and_after(reported):
