@@ -73,11 +73,11 @@ def require(condition, sentence):
 
 
 def progress(items, *args, **options):
-    with contextlib.suppress(ImportError):  # finetune(), copied, takes torch and numpy, and no bar
+    try:
         from tqdm import tqdm
-
-        return tqdm(items, *args, **options, disable=not sys.stderr.isatty())
-    return items
+    except ImportError:
+        return items  # to copy finetune() takes torch and numpy, and no bar
+    return tqdm(items, *args, **options, disable=not sys.stderr.isatty())
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -586,8 +586,7 @@ def nearest_weights(states, w, n=4000):
     episode belongs to, 0 if that one is dispreferred.
 
     ``states`` [T, O] are of each labelled episode, the preferred first; ``w`` [P] is of those.
-    Nearest in standard deviations, among about ``n`` evenly spaced states of each label.
-    """
+    Nearest in standard deviations, among about ``n`` evenly spaced states of each label."""
     std, mean = torch.std_mean(torch.cat(states), 0)
     states, v = [(x - mean) / (std + 1e-6) for x in states], []
     weights = torch.cat([w, w.new_zeros(len(states) - len(w))])
@@ -673,8 +672,9 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
     w = (preferred * w).float().to(device)
     # v: push where a preferred episode is near, in proportion to how much that one pulls.
-    v = nearest_weights(observations.split(lengths.tolist()), w)
-    v = torch.ones_like(v) if args.all_dispreferred else v
+    v = w.new_ones(len(rows[border:]))
+    if args.contrast_dispreferred and not args.all_dispreferred:  # else it is not asked for
+        v = nearest_weights(observations.split(lengths.tolist()), w)
     weights = torch.cat([w.repeat_interleave(lengths[:preferred].to(device)), v])
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
     discounts = args.discount**steps

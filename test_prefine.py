@@ -84,6 +84,18 @@ def toy_policy(seed=0, low=BOX[0], high=BOX[1]):
     return prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16])
 
 
+def recorded(monkeypatch, name):
+    """The calls of a function of prefine.py from now on, each (inputs, output)."""
+    calls, function = [], getattr(prefine, name)
+
+    def record(*inputs):
+        calls.append((inputs, function(*inputs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(prefine, name, record)
+    return calls
+
+
 SMALL = "--hidden 16 --batch-size 32 --pretrain-top 0.5 "
 
 
@@ -447,23 +459,10 @@ def test_the_joint_loss_is_the_weighted_sum_of_its_terms():
 
 @pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
 def test_a_segment_is_contrasted_by_the_discounted_sum_of_its_steps(monkeypatch, discount):
-    ratios, sums = [], []
-    log_ratios, joint_loss = prefine.log_ratios, prefine.joint_loss
-
-    def record_ratios(*inputs):
-        ratios.append(log_ratios(*inputs))
-        return ratios[-1]
-
-    def record_sums(*inputs):
-        sums.append(inputs)
-        return joint_loss(*inputs)
-
-    monkeypatch.setattr(prefine, "log_ratios", record_ratios)
-    monkeypatch.setattr(prefine, "joint_loss", record_sums)
+    ratios, sums = (recorded(monkeypatch, name) for name in ("log_ratios", "joint_loss"))
     text = SMALL + f"--finetune-updates 2 --segment 5 --discount {discount}"
     prefine.finetune(toy_policy(), toy_dataset(), toy_preferences(), flags(text))
-    h, c = ratios[1]
-    (good, good_c), (bad, bad_c) = sums[1][:2]
+    (_, (h, c)), (((good, good_c), (bad, bad_c), *_), _) = ratios[1], sums[1]
     assert h.shape == c.shape == (32, 5) and h.abs().max() > 0
     for found, steps in (torch.cat([good, bad]), h), (torch.cat([good_c, bad_c]), c):
         torch.testing.assert_close(found, sum(discount**t * steps[:, t] for t in range(5)))
@@ -489,32 +488,22 @@ def test_v_is_the_weight_of_the_nearest_other_episode_in_standard_deviations():
 
 @pytest.mark.parametrize("flag", ["", "--all-dispreferred"])
 def test_states_weigh_w_and_v_in_the_joint_loss(monkeypatch, flag):
-    dataset, preferences, taken, weights = toy_dataset(), toy_preferences(), [], []
-    log_ratios, joint_loss = prefine.log_ratios, prefine.joint_loss
-
-    def record_actions(distribution, reference, actions, *rest):
-        taken.append(actions)
-        return log_ratios(distribution, reference, actions, *rest)
-
-    def record_weights(*inputs):
-        weights.append(torch.cat(inputs[3]))
-        return joint_loss(*inputs)
-
-    monkeypatch.setattr(prefine, "log_ratios", record_actions)
-    monkeypatch.setattr(prefine, "joint_loss", record_weights)
-    monkeypatch.setattr(prefine, "preference_metrics", lambda *inputs: {})
+    dataset, preferences = toy_dataset(), toy_preferences()
+    ratios, terms = (recorded(monkeypatch, name) for name in ("log_ratios", "joint_loss"))
     text = SMALL + f"--finetune-updates 20 --segment 2 {flag}"
     prefine.finetune(toy_policy(), dataset, preferences, flags(text))
+    taken = torch.cat([inputs[2] for inputs, _ in ratios[:20]])  # then come those of the curve
+    weights = torch.cat([torch.cat(inputs[3]) for inputs, _ in terms])
     episodes = preferences["preferred"] + preferences["dispreferred"]
     rows = dataset.rows(episodes)
     # No two actions are the same, so an action tells its row.
-    index = torch.cdist(torch.cat(taken), dataset.actions[rows]).argmin(-1)
+    index = torch.cdist(taken, dataset.actions[rows]).argmin(-1)
     returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:4]]
     w = 4 * torch.softmax(3 * returns / returns.std(correction=0), 0).float()
     v = prefine.nearest_weights(dataset.observations[rows].split(10), w)
     assert len(set(v.tolist())) == 5  # each preferred episode is the nearest somewhere, or none is
     expected = torch.cat([w.repeat_interleave(10), torch.ones(40) if flag else v])
-    torch.testing.assert_close(torch.cat(weights), expected[index].mean(1))
+    torch.testing.assert_close(weights, expected[index].mean(1))
 
 
 def test_dispreferred_actions_are_unlearnt_only_where_preferred_trajectories_go():
@@ -1281,23 +1270,18 @@ def test_a_reckless_driver_costs_more_than_a_careful_one_on_the_same_layouts(nam
 
 # -------------------------------------------------------------------------------------- evaluation
 def test_the_evaluation_agrees_with_its_episodes(ball, monkeypatch):
-    recorded, simulate = [], prefine.run_episodes
-
-    def record(*arguments):
-        recorded.extend(simulate(*arguments))
-        return list(recorded)
-
-    monkeypatch.setattr(prefine, "run_episodes", record)
+    calls = recorded(monkeypatch, "run_episodes")
     torch.manual_seed(0)
     first, second = (prefine.GaussianPolicy(*BOX, np.zeros(8), np.ones(8), [8]) for _ in range(2))
     limit, arguments = 3.0, flags(f"--env {BALL} --eval-episodes 3 --cost-limit 3 --workers 2")
     found = prefine.evaluate({"a": first, "b": second, "again": first}, ball, arguments)
-    assert found["a"] == found["again"] and len(recorded) == 9
-    starts = np.array([episode["observations"][0] for episode in recorded])
+    ((_, episodes),) = calls
+    assert found["a"] == found["again"] and len(episodes) == 9
+    starts = np.array([episode["observations"][0] for episode in episodes])
     np.testing.assert_array_equal(starts[:3], starts[3:6])  # the same start states for both
     assert not np.array_equal(starts[0], starts[1])
     low, high = ball.unwrapped.min_episode_reward, ball.unwrapped.max_episode_reward
-    for name, part in ("a", recorded[:3]), ("b", recorded[3:6]):
+    for name, part in ("a", episodes[:3]), ("b", episodes[3:6]):
         returns = [math.fsum(episode["rewards"]) for episode in part]
         costs = [math.fsum(episode["costs"]) for episode in part]
         expected = {
@@ -1845,8 +1829,8 @@ def test_the_report_measures_how_far_the_two_sets_are_apart(reported, ball_run, 
     dataset = prefine.load_dataset(cache / f"{BALL}-scripted-24.hdf5", ball)
     sets = prefine.draw_preferences(dataset.sums(dataset.costs), 10, 4, 3, seed=1)
     episodes = [*sets["preferred"], *sets["dispreferred"]]
-    states = (dataset.observations - dataset.observations[dataset.rows(episodes)].mean(0)).double()
-    states /= dataset.observations[dataset.rows(episodes)].std(0) + 1e-6
+    labelled = dataset.observations[dataset.rows(episodes)]
+    states = ((dataset.observations - labelled.mean(0)) / (labelled.std(0) + 1e-6)).double()
     near = []
     for own in sets["dispreferred"]:
         distances = [
