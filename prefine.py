@@ -582,18 +582,19 @@ def read_preferences(path, episodes):
 
 
 def nearest_weights(states, w, n=4000):
-    """v [M] of dispreferred states: the w of the episode that the nearest state of any other
-    episode belongs to, 0 if that one is dispreferred.
+    """v [M] of dispreferred states: the w of the episode that owns the nearest state of any other
+    episode, 0 if it is one of the D dispreferred; times D / P if D < P: few claim too little.
 
-    ``states`` [T, O] are of each labelled episode, the preferred first; ``w`` [P] is of those.
+    ``states`` [T, O] are of each labelled episode, the P preferred first; ``w`` [P] is of those.
     Nearest in standard deviations, among about ``n`` evenly spaced states of each label."""
     std, mean = torch.std_mean(torch.cat(states), 0)
     states, v = [(x - mean) / (std + 1e-6) for x in states], []
-    weights = torch.cat([w, w.new_zeros(len(states) - len(w))])
-    sizes = [-(-n // k) for k in (len(w), len(states) - len(w)) for _ in range(k)]
+    preferred, dispreferred = len(w), len(states) - len(w)
+    weights = torch.cat([min(1, dispreferred / preferred) * w, w.new_zeros(dispreferred)])
+    sizes = [-(-n // k) for k in (preferred, dispreferred) for _ in range(k)]
     points = torch.cat([x[torch.linspace(0, len(x) - 1, k).long()] for x, k in zip(states, sizes)])
     owners = torch.arange(len(states)).repeat_interleave(torch.tensor(sizes)).to(w.device)
-    for episode in range(len(w), len(states)):
+    for episode in range(preferred, len(states)):
         others = owners != episode
         nearest = torch.cdist(states[episode], points[others]).argmin(1)
         v.append(weights[owners[others][nearest]])
@@ -615,8 +616,7 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
     """Log-ratios h [...] of ``actions`` [..., A], and mean h [...] of K counterfactuals of them.
 
     ``distribution`` and ``reference``: mean and std [..., A] of pi and pi_ref in the same states;
-    ``source`` is sampled, with standard normal ``noise`` [K, ..., A]: data, without a gradient.
-    """
+    ``source`` is sampled, with standard normal ``noise`` [K, ..., A], and has no gradient."""
     mean, std = distribution if source == "current" else reference
     with torch.no_grad():
         counterfactuals = torch.clamp(mean + std * noise, low, high)

@@ -501,8 +501,8 @@ def measure(dataset, preferences, values):
     episodes = np.concatenate([preferences[label] for label in prefine.LABELS])
     states = [dataset.observations[dataset.rows([e])] for e in episodes]
     ones = torch.ones(len(preferences[prefine.LABELS[0]]))
-    near = prefine.nearest_weights(states, ones)
-    data = {"near_share": near.mean().item(), "divergence_bits": None}
+    near = prefine.nearest_weights(states, ones) > 0
+    data = {"near_share": near.float().mean().item(), "divergence_bits": None}
     data["contradicted"] = sorted(contradicted(dataset, preferences))
     if dataset.costs is not None:
         costs = dataset.sums(dataset.costs)
