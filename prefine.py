@@ -121,7 +121,7 @@ def parse_args(argv=None):
     add("--method", "prefine", str, "preset; other flags still apply", choices=METHODS)
     add("--seed", 0, whole, "seed of everything random")
     add("--device", "cpu", str, "torch device to train on: cpu, cuda, cuda:1")
-    add("--threads", 1, count, "torch threads; 2 can be 1.5 times as fast, and change last digits")
+    add("--threads", 1, count, "torch threads; 2 can be 1.3 times as fast, and change last digits")
     add("--workers", os.cpu_count(), count, "parallel simulator processes")
     add("--run-dir", None, str, "results (default: runs/ENV__METHOD__SEED__DIGEST)")
     add("--no-resume", False, bool, "run again even if the run folder holds results")
@@ -155,7 +155,7 @@ def parse_args(argv=None):
     add("--counterfactuals", 1, count, "sampled actions per state")
     add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
     add("--contrast-dispreferred", 0.375, weight, "weight of counterfactual > dispreferred")
-    add("--all-dispreferred", False, bool, "also in states where no preferred one is near")
+    add("--all-dispreferred", False, bool, "v = 1: push in all dispreferred states alike")
     add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
     add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
     add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
@@ -490,10 +490,9 @@ def load_policy(path, env_id=None):
 def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
     """Minimise a sum of terms by Adam with a cosine decay of the learning rate.
 
-    ``sample(n, options)`` draws random tensors [n, ...], of n updates, ``losses(*of one)`` gives
-    {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; each time all is
-    saved at ``path``, to go on from, to the same bits. UserError: a loss or weight is not finite.
-    """
+    ``sample(n, options)`` draws random tensors [n, ...] for n updates; ``losses`` takes those of
+    one, and gives {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; all
+    is saved at ``path`` then, to go on from. Raises UserError if one or a weight is not finite."""
     updates, lr = getattr(args, f"{stage}_updates"), getattr(args, f"{stage}_lr")
     parameters, rows, device = list(policy.parameters()), [], next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -582,11 +581,12 @@ def read_preferences(path, episodes):
 
 
 def nearest_weights(states, w, n=4000):
-    """v [M] of dispreferred states: the w of the episode that owns the nearest state of any other
-    episode, 0 if it is one of the D dispreferred; times D / P if D < P: few claim too little.
+    """v [M] of the states of the D dispreferred episodes: the w of the episode, other than their
+    own, that has the nearest state, or 0 if that one is dispreferred as well. It is multiplied by
+    D / P if D < P, as a few episodes cover too little of where they go to be the nearest there.
 
-    ``states`` [T, O] are of each labelled episode, the P preferred first; ``w`` [P] is of those.
-    Nearest in standard deviations, among about ``n`` evenly spaced states of each label."""
+    ``states`` lists [T, O] of each labelled episode, the P preferred first, whose weights are ``w``
+    [P]. Observations count in standard deviations; some ``n`` states of each label are compared."""
     std, mean = torch.std_mean(torch.cat(states), 0)
     states, v = [(x - mean) / (std + 1e-6) for x in states], []
     preferred, dispreferred = len(w), len(states) - len(w)
@@ -616,7 +616,7 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
     """Log-ratios h [...] of ``actions`` [..., A], and mean h [...] of K counterfactuals of them.
 
     ``distribution`` and ``reference``: mean and std [..., A] of pi and pi_ref in the same states;
-    ``source`` is sampled, with standard normal ``noise`` [K, ..., A], and has no gradient."""
+    ``source`` is sampled, with standard normal ``noise`` [K, ..., A]; a sample has no gradient."""
     mean, std = distribution if source == "current" else reference
     with torch.no_grad():
         counterfactuals = torch.clamp(mean + std * noise, low, high)
@@ -628,9 +628,9 @@ def log_ratios(distribution, reference, actions, low, high, noise, source="curre
 
 def joint_loss(preferred, dispreferred, distributions, weights, args):
     """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``; 0: left out.
-    ``preferred`` and ``dispreferred`` are pairs (h, counterfactual h), sums over segments [B];
-    ``distributions``, of (mean, std), are pi and pi_ref unclipped; ``weights`` are w [B] and v [B].
-    Imitation takes h for log pi: they differ by a constant."""
+    ``preferred`` and ``dispreferred`` are pairs [B], h of the actions and of their counterfactuals,
+    summed over segments; ``distributions`` are (mean, std) of pi and of pi_ref, before clipping;
+    ``weights`` are w and v [B]. Imitation takes h for log pi: the gradient is the same."""
     (good, good_c), (bad, bad_c), (w, v) = preferred, dispreferred, weights
     contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
     terms = {
@@ -649,8 +649,8 @@ def finetune(policy, dataset, preferences, args=None, path=None):
 
     ``policy`` is any module from observations [..., O] to mean and std [..., A] whose buffers
     ``low`` and ``high`` bound its actions (infinite: a plain Gaussian); ``preferences`` are episode
-    indices {"preferred": [...], "dispreferred": [...]}. Returns the aligned copy, and its curve as
-    of ``optimise``, also for ``path``. Raises UserError if a segment is longer than an episode."""
+    indices {"preferred": [...], "dispreferred": [...]}. Returns the aligned copy and the rows of
+    ``optimise``, which resumes from ``path``. UserError: a segment is longer than an episode."""
     args = args or parse_args([])
     reference, policy = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
     low, high, device = policy.low, policy.high, policy.low.device
@@ -659,7 +659,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     sentence = f"--segment {args.segment}: the shortest labelled episode has {lengths.min()} steps."
     require(args.segment <= lengths.min(), sentence)
 
-    # The labelled states, and the reference in them, are the same in every update.
+    # The labelled states, and pi_ref's mean and std in them, are the same in every update.
     rows, border = dataset.rows(episodes), lengths[:preferred].sum()  # the preferred come first
     observations, actions = (x[rows].to(device) for x in dataset[:2])
     known_mean, known_std = reference(observations)
@@ -673,7 +673,7 @@ def finetune(policy, dataset, preferences, args=None, path=None):
     w = (preferred * w).float().to(device)
     # v: push where a preferred episode is near, in proportion to how much that one pulls.
     v = w.new_ones(len(rows[border:]))
-    if args.contrast_dispreferred and not args.all_dispreferred:  # else it is not asked for
+    if args.contrast_dispreferred and not args.all_dispreferred:  # else v is 1, or not used
         v = nearest_weights(observations.split(lengths.tolist()), w)
     weights = torch.cat([w.repeat_interleave(lengths[:preferred].to(device)), v])
     size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
