@@ -492,7 +492,7 @@ def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
 
     ``sample(n, options)`` draws random tensors [n, ...] for n updates; ``losses`` takes those of
     one, and gives {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; all
-    is saved at ``path`` then, to go on from. Raises UserError if one or a weight is not finite."""
+    is saved at ``path`` then, to go on from. UserError: a loss or a parameter is not finite."""
     updates, lr = getattr(args, f"{stage}_updates"), getattr(args, f"{stage}_lr")
     parameters, rows, device = list(policy.parameters()), [], next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
