@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch==2.13.0", "numpy==1.26.4", "gymnasium==0.28.1", "h5py==3.16.0", "tqdm==4.70.1",
 #   "scipy==1.15.3", "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0",
-#   "pybullet==3.2.7", "mujoco==2.3.3", "filelock>=3.20,<5",
+#   "pybullet==3.2.7", "mujoco==2.3.3", "filelock>=3.20,<5", "joblib==1.6.0",
 # ]
 # [tool.uv]  # dsrl's and safety-gymnasium's own pins have no wheels for 3.11; gym is not needed
 # override-dependencies = ["pygame==2.6.1", "mujoco==2.3.3", "gym; sys_platform == 'never'"]
@@ -13,16 +13,20 @@
 # ///
 """PREFINE: make a reward-trained policy safe from a handful of labelled trajectories.
 
-A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe) or
-dispreferred. A counterfactual keeps a trajectory's states s and replaces its actions a by samples
-c ~ pi(.|s). With h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
+    python prefine.py --env OfflineCarButton1                      # DSRL's data, downloaded
+    python prefine.py --env OfflineBallCircle --dataset scripted   # data made here
+    python prefine.py --summary runs                               # one table of many runs
 
-  E_preferred    [-w log sigmoid(beta (h(s, a) - h(s, c))) / beta]    preferred > counterfactual
-+ E_dispreferred [-v log sigmoid(beta (h(s, c) - h(s, a))) / beta]    counterfactual > dispreferred
-+ E_preferred    [-w log pi(a|s)]                                     imitation
+A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe), a few
+dispreferred. A counterfactual keeps a preferred trajectory's states s and replaces its actions a by
+c ~ pi_ref(.|s), what the policy would have done there. With the log-ratio
+h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
 
-each times its weight. w grows with the return; v, of a dispreferred state, is the w of the
-trajectory that passes nearest to it, and 0 if that is a dispreferred one.
+    E [ -log sigmoid(beta (h(s, a) - h(s, c))) / beta    preferred > counterfactual
+        -h(s, a) ]                                       imitation
+
+each times its weight, over steps of the preferred trajectories, drawn more often where a
+trajectory's return is higher. A preferred trajectory that looks dispreferred is left out.
 """
 
 import argparse
@@ -31,217 +35,561 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
-import io
+import inspect
 import json
 import math
-import multiprocessing
+import mmap
 import os
 import re
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import joblib
 import numpy as np
 import torch
-from filelock import FileLock, Timeout  # torch needs it as well
+from filelock import FileLock, Timeout
 from torch import nn
-from torch.distributions import Normal, kl_divergence
-
-KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
-LABELS = ("preferred", "dispreferred")
-PAIRS = ("preferred_counterfactual", "counterfactual_dispreferred", "preferred_dispreferred")
-CHUNK = 100  # updates between two looks at the losses: each look waits for the device
+from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Bad input: main() prints the sentence and exits with code 2; a bug keeps its traceback."""
+    """Bad input: main() prints its one sentence and exits with 2. A bug keeps its traceback."""
 
 
 def require(condition, sentence):
+    """Raise UserError(sentence) unless the condition holds."""
     if not condition:
         raise UserError(sentence)
 
 
-def progress(items, *args, **options):
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items  # to copy finetune() takes torch and numpy, and no bar
-    return tqdm(items, *args, **options, disable=not sys.stderr.isatty())
-
-
 # ------------------------------------------------------------------------------------------ flags
-NO_CONTRAST = dict(contrast_preferred=0.0, contrast_dispreferred=0.0)
-METHODS = {  # corners of one flag space: same network, data, updates and evaluation
+METHODS = {  # corners of one flag space: same network, data, labels, updates and evaluation
     "prefine": {},
-    "bc-safe": NO_CONTRAST | dict(imitation=1.0, return_weight=0.0),
-    "dpo": NO_CONTRAST | dict(contrast_pair=1.0, imitation=0.0),
-    "cpl": NO_CONTRAST | dict(contrast_pair=1.0, imitation=0.0, segment=64, bias=0.5),
-    "no-preferred": dict(contrast_preferred=0.0),
-    "no-dispreferred": dict(contrast_dispreferred=0.0),
-    "no-imitation": dict(imitation=0.0),
-    "no-return-weight": dict(return_weight=0.0),
-    "all-dispreferred": dict(all_dispreferred=True, contrast_dispreferred=0.1),
+    "imitation": {"contrast": 0.0, "ess": 1.0, "leave_out": 1.0},
+    "dpo": {"contrast": 0.0, "imitation": 0.0, "pair": 1.0, "ess": 1.0, "leave_out": 1.0},
 }
 
 
-def between(low, high, kind, text):
-    """An argparse type, once all but the text are given: a number in [low, high], not NaN."""
-    with contextlib.suppress(ValueError):
-        if low <= kind(text) <= high:
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"needs {kind.__name__} in [{low:g}, {high:g}], found {text}")
-
-
 def parse_args(argv=None):
-    """Flags to a namespace; ``parse_args([])`` is every default, for use from Python."""
-    usage, about = "prefine.py --env ENV [flags, see --help]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("prefine.py", usage, about, allow_abbrev=False)
-    parser.error = partial(require, False)  # main() prints it, as any other bad input
-    whole, count, pair = (partial(between, low, 1e18, int) for low in (0, 1, 2))
-    weight, rate, share = (partial(between, *x, float) for x in [(0, 1e9), (1e-9, 1e9), (0, 1)])
+    """Flags to a namespace; ``parse_args(["--beta", "0.5"])`` has the defaults of all others."""
+    parser = argparse.ArgumentParser("prefine.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = functools.partial(require, False)  # main() prints it, as any other bad input
 
-    def flag(section, name, default, kind, text, **options):
-        options |= {"action": "store_true"} if kind is bool else {"type": kind}
-        text += "" if default is None or kind is bool else " (default: %(default)s)"
-        section.add_argument(name, default=default, help=text, **options)
+    add = parser.add_argument_group("run").add_argument
+    add("--env", help="DSRL task, such as OfflineCarButton1")
+    add("--method", choices=METHODS, default="prefine", help="preset; other flags still apply")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--device", default="cpu", help="torch device to train on: cpu, cuda, cuda:1")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="parallel simulators")
+    add("--run-dir", metavar="FOLDER", help="results; else runs/ENV__METHOD__SEED__DIGEST")
+    add("--summary", metavar="FOLDER", help="print one table of all runs in it, and end")
 
-    add = partial(flag, parser.add_argument_group("run"))
-    add("--env", None, str, "DSRL task, such as OfflineCarButton1 (required)")
-    add("--method", "prefine", str, "preset; other flags still apply", choices=METHODS)
-    add("--seed", 0, whole, "seed of everything random")
-    add("--device", "cpu", str, "torch device to train on: cpu, cuda, cuda:1")
-    add("--threads", 1, count, "torch threads; 2 can be 1.3 times as fast, and change last digits")
-    add("--workers", os.cpu_count(), count, "parallel simulator processes")
-    add("--run-dir", None, str, "results (default: runs/ENV__METHOD__SEED__DIGEST)")
-    add("--no-resume", False, bool, "run again even if the run folder holds results")
-    add("--no-report", False, bool, "draw and track nothing, measure no contrast of the labels")
-    add("--capture-video", False, bool, "draw before.gif and after.gif as well")
-    add("--track", False, bool, "log the run to Weights & Biases when it ends")
-    add = partial(flag, parser.add_argument_group("data and preferences"))
-    add("--dataset", "dsrl", str, "dsrl, scripted, or an HDF5 file in DSRL's format")
-    add("--scripted-episodes", 300, count, "episodes of the scripted data set")
-    add("--cost-limit", None, weight, "highest safe cost return (default: DSRL's 10 or 20)")
-    add("--preferred", 40, count, "preferred trajectories, drawn from the safe ones")
-    add("--dispreferred", 40, count, "dispreferred trajectories, drawn from the unsafe")
-    add("--preferences", None, str, "CSV file of episode,label; no cost is needed then")
-    add("--export-episodes", None, count, "write this many for a person to label, and end")
-    add = partial(flag, parser.add_argument_group("policy and pre-training"))
-    add("--policy", None, str, "checkpoint of a trained policy; skips pre-training")
-    add("--hidden", [256, 256], count, "sizes of the hidden layers", nargs="+")
-    add("--batch-size", 512, pair, "transitions per update; half from each set in fine-tuning")
-    add("--pretrain-updates", 2000, whole, "updates of the reward-only pre-training")
-    add("--pretrain-top", 0.2, share, "share of episodes, best by return, to imitate")
-    add("--pretrain-lr", 1e-3, rate, "Adam's learning rate, with a cosine decay to 0")
-    add = partial(flag, parser.add_argument_group("fine-tuning"))
-    add("--finetune-updates", 1000, whole, "updates of the fine-tuning")
-    add("--finetune-lr", 3e-4, rate, "Adam's learning rate, with a cosine decay to 0")
-    add("--segment", 1, count, "consecutive steps whose sum of log-ratios is contrasted")
-    add("--beta", 0.05, rate, "inverse temperature of the DPO loss")
-    add("--discount", 1.0, share, "of each further step of a segment, as in CPL's equation")
-    add("--bias", 1.0, weight, "of the loser in preferred > dispreferred; below 1 as in CPL")
-    add("--smoothing", 0.0, share, "share of labels that the DPO loss takes to be wrong")
-    add("--counterfactual", "current", str, "policy to sample", choices=["current", "reference"])
-    add("--counterfactuals", 1, count, "sampled actions per state")
-    add("--contrast-preferred", 1.0, weight, "weight of preferred > counterfactual")
-    add("--contrast-dispreferred", 0.375, weight, "weight of counterfactual > dispreferred")
-    add("--all-dispreferred", False, bool, "v = 1: push in all dispreferred states alike")
-    add("--contrast-pair", 0.0, weight, "weight of preferred > dispreferred (plain DPO)")
-    add("--imitation", 0.3, weight, "weight of -log pi of the preferred actions")
-    add("--kl", 0.0, weight, "weight of KL(pi | pi_ref) on the labelled states")
-    add("--return-weight", 3.0, weight, "w = n softmax(this * return / std of returns)")
-    add = partial(flag, parser.add_argument_group("evaluation"))
-    add("--eval-episodes", 20, count, "simulated episodes, before and after")
-    add("--eval-sample", False, bool, "sample actions instead of taking the mean")
-    parser.set_defaults(**METHODS.get(parser.parse_known_args(argv)[0].method, {}))
-    return parser.parse_args(argv)
+    add = parser.add_argument_group("data and preferences").add_argument
+    add("--dataset", default="dsrl", help="dsrl, scripted, or an HDF5 file in DSRL's format")
+    add("--scripted-episodes", type=int, default=300, help="episodes of the scripted data")
+    add("--cost-limit", type=float, help="highest safe cost return; else DSRL's 10 or 20")
+    add("--preferred", type=int, default=40, help="preferred trajectories, of the safe ones")
+    add("--dispreferred", type=int, default=40, help="dispreferred ones, of the unsafe")
+    add("--wrong-labels", type=float, default=0.0, help="share of these labels to turn round")
+    add("--preferences", metavar="FILE", help="labels from a CSV file; costs are not needed then")
+    add("--export-episodes", metavar="N", type=int, help="write N episodes to label, and end")
 
+    add = parser.add_argument_group("policy and pre-training").add_argument
+    add("--policy", metavar="FILE", help="checkpoint of a trained policy; skips pre-training")
+    add("--hidden", type=int, nargs="+", default=[256, 256], help="sizes of hidden layers")
+    add("--batch-size", type=int, default=256, help="steps per update, here and in fine-tuning")
+    add("--pretrain-updates", type=int, default=2000, help="updates of the pre-training")
+    add("--pretrain-top", type=float, default=0.2, help="share of episodes, by return, to imitate")
+    add("--pretrain-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
 
-# ------------------------------------------------------------------------------------- simulators
-@cache
-def import_simulators():
-    """Import gymnasium with every DSRL task registered, quietly, on Python 3.10 and 3.11."""
-    os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--finetune-updates", type=int, default=2000, help="updates of the fine-tuning")
+    add("--finetune-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
+    add("--beta", type=float, default=1.0, help="inverse temperature of the DPO loss")
+    add("--contrast", type=float, default=1.0, help="weight of preferred > counterfactual")
+    add("--imitation", type=float, default=1.0, help="weight of -h of the preferred actions")
+    add("--pair", type=float, default=0.0, help="weight of preferred > dispreferred, plain DPO")
+    add("--ess", type=float, default=0.15, help="least effective share of the preferred, by return")
+    add("--leave-out", type=float, default=0.5, help="highest share of dispreferred-looking steps")
+    add(
+        "--counterfactual", choices=["reference", "current"], default="reference", help="its policy"
+    )
 
-    def dataclass(cls=None, plain=dataclasses.dataclass, **options):  # 3.11: no array defaults
-        for name, value in list(vars(cls or object).items()):
-            if isinstance(value, np.ndarray):
-                setattr(cls, name, dataclasses.field(default_factory=value.copy))
-        return plain(cls, **options) if cls else partial(dataclass, **options)
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-episodes", type=int, default=20, help="simulated episodes, before and after")
 
-    with mock.patch("dataclasses.dataclass", dataclass):
-        import dsrl.offline_bullet_safety_gym
-        import dsrl.offline_safety_gymnasium.gym_envs
-        import gymnasium
-        import mujoco
-    # Each reset loads pictures of sky and floor, for seconds; what is simulated has none of them.
-    load, picture = mujoco.MjModel.from_xml_string, r'(?s)<texture.*?</texture>| texture=".*?"'
-    mujoco.MjModel.from_xml_string = lambda xml, *files: load(re.sub(picture, "", xml), *files)
-    gymnasium.logger.set_level(gymnasium.logger.ERROR)
-    return gymnasium
+    args, unknown = parser.parse_known_args(argv)
+    known = ["--" + name.replace("_", "-") for name in vars(args)]
+    for flag in unknown:
+        nearest = difflib.get_close_matches(flag, known, 1, 0)
+        parser.error(f"{flag}: no such flag; the nearest is {nearest[0]}.")
+    parser.set_defaults(**METHODS[args.method])
+    args = parser.parse_args(argv)
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, (int, float)):
+                highest = 1 if name in SHARES else 1e9
+                is_right = 0 < value <= highest or value == 0 and name not in POSITIVE
+                kind = "positive" if name in POSITIVE else "non-negative"
+                needs = f"--{name.replace('_', '-')}: needs a {kind} number"
+                require(is_right, f"{needs}, at most {highest:g}; found {value}.")
+    return args
 
 
-def resolve_env(name):
-    """The registered id of a DSRL task, from a short name or an id; else the nearest are named."""
-    ids = [i for i in import_simulators().registry if i.startswith("Offline")]
-    short = {i.split("-")[0].removesuffix("Gymnasium"): i for i in ids}  # gymnasium's come last
-    known = {i: i for i in short.values()} | short
-    near = difflib.get_close_matches(name or "", short, 3, 0.4) or sorted(short)
-    require(name in known, f"--env {name}: no such DSRL task; the nearest: {', '.join(near)}.")
-    return known[name]
+SHARES = ["wrong_labels", "pretrain_top", "ess", "leave_out"]
+POSITIVE = ["workers", "scripted_episodes", "preferred", "dispreferred", "export_episodes"]
+POSITIVE += ["hidden", "batch_size", "eval_episodes", "beta", "pretrain_lr", "finetune_lr"]
 
 
-def run_episode(env_id, make_actor, seed, path=None):
-    """One episode in a fresh simulator, or the one kept at ``path``: DSRL's KEYS, float32 [T, ...].
-    ``make_actor(env, seed)`` gives the function from an observation to an action."""
-    if path and path.exists():
-        with np.load(path) as file:
-            return dict(file)
-    torch.set_num_threads(1)
-    np.random.seed(seed)  # Bullet tasks draw their start state from NumPy's global generator
-    env = import_simulators().make(env_id)
-    act, space = make_actor(env, seed), env.action_space
-    now, steps, ended, truncated = env.reset(seed=seed)[0], [], False, False
-    while not (ended or truncated):
-        action = np.clip(act(now), space.low, space.high).astype(space.dtype)
-        then, reward, ended, truncated, info = env.step(action)
-        steps.append((now, action, reward, info.get("cost", 0), ended > truncated, truncated, then))
-        now = then
-    env.close()
-    arrays = {name: np.asarray(x, np.float32) for name, x in zip(KEYS, zip(*steps))}
-    if path:
-        write(path, lambda file: np.savez(file, **arrays))
-    return arrays
+# ----------------------------------------------------------------------------------------- policy
+def gaussian_log_prob(mean, std, actions, low, high):
+    """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A].
+
+    Inside it is the normal log-density; on a bound, where many actions are, the logarithm of the
+    mass that is clipped to it. Infinite bounds leave a plain Gaussian."""
+    z = (actions - mean) / std
+    log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
+    log_mass = torch.special.log_ndtr(torch.where(actions >= high, -z, z))
+    inside = (actions > low) & (actions < high)
+    return torch.where(inside, log_density, log_mass).sum(-1)
 
 
-def follow_parent():
-    """In a worker: leave Ctrl-C to the parent, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    wait = multiprocessing.parent_process().join
-    threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
+class GaussianPolicy(nn.Module):
+    """An MLP from observations to a diagonal Gaussian over actions, clipped to [low, high].
+
+    low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O].
+    log_std_bounds: of the Gaussian's log standard deviation, in halves of the action range.
+    All of these are saved with the weights."""
+
+    def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
+        super().__init__()
+        layers, size = [], len(mean)
+        for width in hidden:
+            layers += [nn.Linear(size, width), nn.ReLU()]
+            size = width
+        self.net = nn.Sequential(*layers, nn.Linear(size, 2 * len(low)))
+        constants = {"low": low, "high": high, "mean": mean, "std": std}
+        constants["log_std_bounds"] = log_std_bounds
+        for name, values in constants.items():
+            self.register_buffer(name, torch.as_tensor(np.asarray(values, np.float32)))
+
+    def forward(self, observations):
+        """Mean and standard deviation [..., A], before clipping, from observations [..., O]."""
+        normalised = (observations - self.mean) / self.std
+        mean, log_std = self.net(normalised).chunk(2, -1)
+        half_range = (self.high - self.low) / 2
+        mean = (self.high + self.low) / 2 + half_range * torch.tanh(mean)
+        lowest, highest = self.log_std_bounds
+        log_std = lowest + (highest - lowest) * torch.sigmoid(log_std)
+        return mean, half_range * log_std.exp()
 
 
-def run_episodes(env_id, jobs, workers, title, folder=None):
-    """``run_episode`` for each job ``(make_actor, seed)``, in parallel, kept in ``folder``."""
-    paths = [folder and folder / f"{title}-{i}.npz" for i in range(len(jobs))]
-    # The fork server starts before any thread does: children are cheap, and safe beside torch.
-    context = multiprocessing.get_context("forkserver")
+def save_policy(path, env_id, policy, curve):
+    """Write a checkpoint: the policy, all that it needs to act, and its training curve."""
+    content = {"format": 1, "env": env_id, "state": policy.state_dict(), "curve": curve}
+    write(path, lambda file: torch.save(content, file))
+
+
+def load_policy(path, env_id=None):
+    """The GaussianPolicy of a checkpoint and its training curve; tensors are read, never code.
+
+    UserError: it is damaged, or not of save_policy(), or of another task."""
     try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, follow_parent) as pool:
-            episodes = pool.map(partial(run_episode, env_id), *zip(*jobs), paths)
-            return list(progress(episodes, title, len(jobs), unit="episode"))
-    except BrokenProcessPool:
-        raise UserError(f"{title}: a worker was killed; try again with fewer --workers.") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state, found = content["state"], f"format {content['format']} of {content['env']}"
+        hidden = [len(value) for name, value in state.items() if name.endswith("bias")][:-1]
+        policy = GaussianPolicy(state["low"], state["high"], state["mean"], state["std"], hidden)
+        policy.load_state_dict(state)
+        if content["format"] == 1 and env_id in (None, content["env"]):
+            return policy, content.get("curve", [])
+    except Exception as error:  # damaged and foreign files fail in every way
+        found = " ".join(str(error).split())[:99]
+    task = env_id or "any task"
+    raise UserError(f"{path}: needs a checkpoint of prefine.py, format 1 of {task}; found {found}.")
+
+
+# ----------------------------------------------------------------------------------- pre-training
+def pretrain(dataset, space, args, writer=None):
+    """Reward-only pre-training: imitate the best episodes by return, the "%BC" of Chen et al.,
+    Decision Transformer, 2021. Costs are never read.
+
+    space: the Box of the actions. Returns the GaussianPolicy and its curve, of record()."""
+    returns = dataset.sums(dataset.rewards)
+    best_first = np.argsort(-returns, kind="stable")
+    best = best_first[: max(1, round(args.pretrain_top * len(returns)))]
+    observations, actions = dataset.steps(best, args.device)
+
+    mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
+    std = torch.where(std < 1e-6, 1.0, std)  # a constant observation tells nothing
+    torch.manual_seed(args.seed)
+    policy = GaussianPolicy(space.low, space.high, mean, std, args.hidden).to(args.device)
+
+    curve, updates, size = [], args.pretrain_updates, (args.batch_size,)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    optimizer = torch.optim.Adam(policy.parameters(), args.pretrain_lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for update in progress(range(1, updates + 1), "pre-training"):
+        batch = torch.randint(len(actions), size, generator=generator, device=args.device)
+        mean, std = policy(observations[batch])
+        log_prob = gaussian_log_prob(mean, std, actions[batch], policy.low, policy.high)
+        loss = -log_prob.mean()
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if update % 100 == 0 or update == updates:
+            record(curve, writer, update, {"losses/pretraining": loss})
+    return policy, curve
+
+
+def record(curve, writer, update, values):
+    """Append {name: scalar tensor} to a training curve, a list of rows, and to TensorBoard's
+    ``writer``, if any. UserError: one is not finite."""
+    row = {name: value.item() for name, value in values.items()}
+    broken = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+    require(not broken, f"update {update}: {broken} not finite; try a lower learning rate.")
+    curve.append({"update": update} | row)
+    for name, value in row.items():
+        if writer:
+            writer.add_scalar(name, value, update)
+
+
+def progress(items, title, total=None):
+    """Iterate with a bar, redrawn about once a minute where the output is no terminal."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(items, title, total, mininterval=seconds, maxinterval=seconds)
+
+
+# ------------------------------------------------------------------------------------ preferences
+def draw_preferences(costs, limit, preferred, dispreferred, seed, wrong=0.0, heldout=20):
+    """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``.
+
+    Returns episode indices {"preferred": ..., "dispreferred": ...}, drawn at random from the safe
+    and from the others, and up to ``heldout`` more of each to measure, "heldout_preferred" and
+    "heldout_dispreferred". A share ``wrong`` of each drawn set gets the other label. UserError:
+    there are fewer than asked for."""
+    rng = np.random.default_rng(seed)
+    safe = rng.permutation(np.flatnonzero(costs <= limit))
+    unsafe = rng.permutation(np.flatnonzero(costs > limit))
+    advice = f"of {len(costs)} episodes; ask for fewer, or set --cost-limit"
+    found = f"found {len(safe)} with a cost of at most {limit:g} {advice}."
+    require(preferred <= len(safe), f"--preferred {preferred}: {found}")
+    found = f"found {len(unsafe)} with a cost over {limit:g} {advice}."
+    require(dispreferred <= len(unsafe), f"--dispreferred {dispreferred}: {found}")
+    wrong_safe, wrong_unsafe = round(wrong * preferred), round(wrong * dispreferred)
+    return {
+        "preferred": np.append(safe[wrong_safe:preferred], unsafe[:wrong_unsafe]),
+        "dispreferred": np.append(unsafe[wrong_unsafe:dispreferred], safe[:wrong_safe]),
+        "heldout_preferred": safe[preferred : preferred + heldout],
+        "heldout_dispreferred": unsafe[dispreferred : dispreferred + heldout],
+    }
+
+
+def read_preferences(path, episodes):
+    """Episode indices {"preferred": [...], "dispreferred": [...]} from a CSV file with the columns
+    ``episode,label``, of data with so many episodes. UserError names the line and the mistake."""
+    where, preferences = f"--preferences {path}", {"preferred": [], "dispreferred": []}
+    with open(Path(path).expanduser(), newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(file)
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        needs = "its first line must name the columns episode and label"
+        found = f"{where}: {needs}; found {reader.fieldnames}."
+        require({"episode", "label"} <= {*reader.fieldnames}, found)
+        for row in reader:
+            line = f"{where}, line {reader.line_num}"
+            episode, label = [(row[name] or "").strip().lower() for name in ("episode", "label")]
+            is_episode = re.fullmatch("[0-9]{1,9}", episode) and int(episode) < episodes
+            needs = f"needs an episode from 0 to {episodes - 1}"
+            require(is_episode, f"{line}: {needs}; found '{episode}'.")
+            needs = "is not filled in: write preferred or dispreferred, or delete the line"
+            require(label, f"{line}: the label of episode {episode} {needs}.")
+            needs = "needs the label preferred or dispreferred"
+            require(label in preferences, f"{line}: {needs}; found '{label}'.")
+            is_known = int(episode) in preferences["preferred"] + preferences["dispreferred"]
+            require(not is_known, f"{line}: episode {episode} has a label already.")
+            preferences[label].append(int(episode))
+    check_preferences(preferences, episodes, where)
+    return preferences
+
+
+def check_preferences(preferences, episodes, where="preferences"):
+    """UserError unless there are trajectories of both labels, all of them among the episodes."""
+    for label in ("preferred", "dispreferred"):
+        indices = np.asarray(preferences.get(label, []))
+        require(len(indices), f"{where}: no trajectory is {label}; both labels are needed.")
+        is_inside = indices.min() >= 0 and indices.max() < episodes
+        require(is_inside, f"{where}: a {label} one is not among the {episodes} episodes.")
+
+
+def evenly_spaced(dataset, episode, points):
+    """Indices [points] of rows of an episode, from its first to its last."""
+    first, last = dataset.starts[episode].item(), dataset.ends[episode].item() - 1
+    return torch.linspace(first, last, points, dtype=torch.float64).long()
+
+
+def dispreferred_shares(dataset, preferences, points=4000):
+    """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one.
+
+    A step is its state and action, in standard deviations; some ``points`` steps of either label
+    are compared, and none with its own trajectory. Where a label is wrong, or was luck, most steps
+    lie there (editing by nearest neighbours: Wilson 1972)."""
+    steps = {"preferred": [], "dispreferred": []}
+    for label, trajectories in steps.items():
+        size = math.ceil(points / len(preferences[label]))
+        for episode in preferences[label]:
+            rows = evenly_spaced(dataset, episode, size)
+            trajectories.append(torch.cat([dataset.observations[rows], dataset.actions[rows]], 1))
+    scale = torch.cat(steps["preferred"] + steps["dispreferred"]).std(0) + 1e-6
+    preferred = [trajectory / scale for trajectory in steps["preferred"]]
+    dispreferred = torch.cat(steps["dispreferred"]) / scale
+
+    shares = []
+    for i, trajectory in enumerate(preferred):
+        to_dispreferred = torch.cdist(trajectory, dispreferred).min(1).values
+        to_preferred = torch.full_like(to_dispreferred, math.inf)
+        others = preferred[:i] + preferred[i + 1 :]
+        if others:
+            to_preferred = torch.cdist(trajectory, torch.cat(others)).min(1).values
+        shares.append((to_dispreferred < to_preferred).float().mean())
+    return torch.stack(shares)
+
+
+def return_weights(returns, share):
+    """Weights w [P] of sum 1 that grow with the returns R [P]: softmax(t R / std of R), with t <= 3
+    as large as an effective sample size 1 / sum w^2 (Kish 1965) of ``share`` P allows."""
+    z = torch.as_tensor(returns - returns.max()) / (returns.std() + 1e-8)
+    low, high = 0.0, 3.0
+    for _ in range(50):  # bisection
+        middle = (low + high) / 2
+        weights = torch.softmax(middle * z, 0)
+        if 1 / weights.square().sum() > share * len(z):
+            low = middle
+        else:
+            high = middle
+    return torch.softmax(low * z, 0)
+
+
+# ------------------------------------------------------------- counterfactuals and the joint loss
+def sample_actions(mean, std, low, high, generator):
+    """Actions [..., A] sampled from a clipped Gaussian. No gradient flows through a sample."""
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return torch.clamp(mean + std * noise, low, high).detach()
+
+
+def log_ratio(gaussian, reference_gaussian, actions, low, high):
+    """h(s, a) = log pi(a|s) - log pi_ref(a|s), in nats [...], of actions [..., A] in the states s
+    where pi and pi_ref are Gaussians (mean, std), each [..., A]."""
+    mean, std = gaussian
+    reference_mean, reference_std = reference_gaussian
+    log_prob = gaussian_log_prob(mean, std, actions, low, high)
+    return log_prob - gaussian_log_prob(reference_mean, reference_std, actions, low, high)
+
+
+def preference_loss(h_winner, h_loser, beta):
+    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7), element by element.
+
+    h_winner, h_loser: log-ratios of one shape. Divided by beta the loss has the slope -1/2 where
+    they are equal, and is over where the winner's is a few times 1 / beta larger."""
+    return -nn.functional.logsigmoid(beta * (h_winner - h_loser)) / beta
+
+
+# ------------------------------------------------------------------------------------ fine-tuning
+def finetune(policy, dataset, preferences, args, writer=None):
+    """Align a reward-trained policy with labelled trajectories. Costs are never read.
+
+    policy: any module from observations [B, O] to mean and standard deviation [B, A] of a Gaussian,
+    whose buffers ``low`` and ``high`` [A] bound the actions (infinite: a plain Gaussian).
+    dataset: observations must be normalised as the policy saw them in its training.
+    preferences: episode indices {"preferred": [...], "dispreferred": [...]} and, to measure,
+    "heldout_preferred" and "heldout_dispreferred". args: of parse_args().
+
+    Returns the aligned copy of the policy and its training curve, of record(). UserError: episodes
+    that the dataset does not have; a loss that is not finite."""
+    check_preferences(preferences, len(dataset.ends))
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    policy = copy.deepcopy(policy).requires_grad_(True)
+    low, high, device = policy.low, policy.high, policy.low.device
+
+    # The preferred trajectories that count, each by its return; at most half are left out.
+    shares = dispreferred_shares(dataset, preferences).numpy()
+    is_kept = shares <= max(args.leave_out, np.median(shares))
+    preferred = np.asarray(preferences["preferred"])[is_kept]
+    if not is_kept.all():
+        print(f"left out {(~is_kept).sum()} preferred trajectories that look dispreferred")
+    weights = return_weights(dataset.sums(dataset.rewards)[preferred], args.ess)
+
+    lengths = dataset.ends[preferred] - dataset.starts[preferred]
+    step_weights = weights.repeat_interleave(lengths).float().to(device)
+    observations, actions = dataset.steps(preferred, device)
+    dispreferred_steps = dataset.steps(preferences["dispreferred"], device)
+
+    curve, updates = [], args.finetune_updates
+    generator = torch.Generator(device).manual_seed(args.seed)
+    optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for update in progress(range(1, updates + 1), "fine-tuning"):
+        # A batch: steps of preferred trajectories, the states and the actions taken there.
+        batch = torch.multinomial(step_weights, args.batch_size, True, generator=generator)
+        states, taken = observations[batch], actions[batch]
+
+        # Log-ratios of the actions taken and of the counterfactual ones.
+        gaussian, reference_gaussian = policy(states), reference(states)
+        source = reference_gaussian if args.counterfactual == "reference" else gaussian
+        counterfactual = sample_actions(*source, low, high, generator)
+        h_taken = log_ratio(gaussian, reference_gaussian, taken, low, high)
+        h_counterfactual = log_ratio(gaussian, reference_gaussian, counterfactual, low, high)
+
+        # The terms of the loss. As pi_ref is fixed, h has the gradient of log pi.
+        contrast = preference_loss(h_taken, h_counterfactual, args.beta).mean()
+        imitation = -h_taken.mean()
+        loss = args.contrast * contrast + args.imitation * imitation
+        terms = {"losses/contrast": contrast, "losses/imitation": imitation}
+        if args.pair:  # plain DPO: preferred > dispreferred
+            states, taken = dispreferred_steps
+            batch = torch.randint(len(states), h_taken.shape, generator=generator, device=device)
+            states, taken = states[batch], taken[batch]
+            h_dispreferred = log_ratio(policy(states), reference(states), taken, low, high)
+            pair = preference_loss(h_taken, h_dispreferred, args.beta).mean()
+            loss = loss + args.pair * pair
+            terms["losses/pair"] = pair
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if update % 100 == 0 or update == updates:
+            accuracies = preference_metrics(policy, reference, dataset, preferences)
+            record(curve, writer, update, terms | accuracies)
+    return policy, curve
+
+
+@torch.no_grad()
+def preference_metrics(policy, reference, dataset, preferences, points=32):
+    """How often the log-ratios rank right, {"accuracy/heldout/preferred_dispreferred": share, ...}:
+    all pairs of a preferred and a dispreferred trajectory, and each preferred one beside its
+    counterfactual. h of a trajectory is a mean over evenly spaced points."""
+    low, high, device, metrics = policy.low, policy.high, policy.low.device, {}
+
+    def mean_log_ratios(episodes):
+        rows = torch.cat([evenly_spaced(dataset, episode, points) for episode in episodes])
+        states, taken = dataset.observations[rows].to(device), dataset.actions[rows].to(device)
+        gaussian, reference_gaussian = policy(states), reference(states)
+        generator = torch.Generator(device).manual_seed(0)
+        counterfactual = sample_actions(*reference_gaussian, low, high, generator)
+        h_taken = log_ratio(gaussian, reference_gaussian, taken, low, high)
+        h_counterfactual = log_ratio(gaussian, reference_gaussian, counterfactual, low, high)
+        return h_taken.view(-1, points).mean(1), h_counterfactual.view(-1, points).mean(1)
+
+    for name, prefix in (("train", ""), ("heldout", "heldout_")):
+        preferred = preferences.get(prefix + "preferred", ())
+        dispreferred = preferences.get(prefix + "dispreferred", ())
+        if len(preferred) and len(dispreferred):
+            h_preferred, h_counterfactual = mean_log_ratios(preferred)
+            h_dispreferred, _ = mean_log_ratios(dispreferred)
+            pairs = {"counterfactual": h_preferred > h_counterfactual}
+            pairs["dispreferred"] = h_preferred[:, None] > h_dispreferred
+            for other, is_right in pairs.items():
+                metrics[f"accuracy/{name}/preferred_{other}"] = is_right.float().mean()
+    return metrics
+
+
+# ------------------------------------------------------------------------------------- evaluation
+def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title="evaluation"):
+    """Simulate a policy that acts by its mean. Returns metrics, {"return_mean": ...}, with 95 %
+    intervals over the episodes, and the episodes, of run_episode().
+
+    policy: any module that gives the mean [1, A] first, from an observation [1, O]. env: a DSRL
+    task, such as "OfflineBallRun". cost_limit: None is the task's own. One worker is this process.
+    UserError: there is no such task, or a worker process failed."""
+    device = next(policy.parameters()).device
+
+    @torch.inference_mode()
+    def act(observation):
+        mean, *_ = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
+        return mean[0].cpu().numpy()
+
+    env_id, limit = resolve_env(env, cost_limit)
+    seeds = [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]
+    runs = run_episodes(env_id, lambda env, seed: act, seeds, workers, title)
+    returns = np.array([run["rewards"].sum(dtype=float) for run in runs])
+    costs = np.array([run["costs"].sum(dtype=float) for run in runs])
+    simulator = make_env(env_id).unwrapped
+    simulator.set_target_cost(limit)
+    score = simulator.get_normalized_score(returns.mean(), costs.mean())
+    metrics = {"return_mean": returns.mean(), "return_ci95": interval(returns)}
+    metrics |= {"cost_mean": costs.mean(), "cost_ci95": interval(costs), "cost_max": costs.max()}
+    metrics |= {"normalized_return": score[0], "normalized_cost": score[1]}
+    metrics["violation_rate"] = (costs > limit).mean()
+    metrics["failure_rate"] = np.mean([run["terminals"].any() for run in runs])
+    return metrics | {"episodes": episodes}, runs
+
+
+def interval(values):
+    """95 % bootstrap interval [low, high] of the mean of values."""
+    from scipy import stats
+
+    sample = np.resize(values, max(2, len(values)))  # bootstrap() takes no single value
+    found = stats.bootstrap((sample,), np.mean, method="percentile", random_state=0)
+    return list(found.confidence_interval)
+
+
+def run_episode(env_id, make_controller, seed):
+    """Simulate one episode: float32 arrays [T, ...] by the names of DSRL's files.
+
+    make_controller(env, seed) gives the function from an observation to an action."""
+    np.random.seed(seed)  # Bullet tasks draw their start state from NumPy's global generator
+    env = make_env(env_id)
+    act, space = make_controller(env, seed), env.action_space
+    steps, terminal, timeout = [], False, False
+    with without_textures():
+        observation, _ = env.reset(seed=seed)
+        while not (terminal or timeout):
+            action = np.clip(act(observation), space.low, space.high).astype(space.dtype)
+            following, reward, terminal, timeout, info = env.step(action)
+            end = terminal and not timeout, timeout
+            steps.append((observation, action, reward, info.get("cost", 0), *end, following))
+            observation = following
+    env.close()
+    return {name: np.asarray(column, np.float32) for name, column in zip(KEYS, zip(*steps))}
+
+
+KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
+
+
+def follow_parent(parent):
+    """In a worker: end with the process that started it, however that ends."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_episodes(env_id, make_controller, seeds, workers, title):
+    """``run_episode`` for each seed, in parallel; one worker is this process.
+
+    UserError: a worker process failed."""
+    options = {"initializer": follow_parent, "initargs": (os.getpid(),)} if workers > 1 else {}
+    parallel = joblib.Parallel(workers, "loky", return_as="generator", **options)
+    jobs = [joblib.delayed(run_episode)(env_id, make_controller, seed) for seed in seeds]
+    try:
+        with joblib.parallel_config("loky", inner_max_num_threads=1):
+            return list(progress(parallel(jobs), title, len(jobs)))
+    except joblib.externals.loky.BrokenProcessPool as error:
+        why = str(error.__cause__ or error).strip(' "\n').splitlines()[-1]
+        advice = "--workers 1 does all in this process"
+        raise UserError(f"{title}: a worker process failed: {why}; {advice}.") from None
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -249,7 +597,7 @@ class Dataset(NamedTuple):
     """Whole episodes, end to end, as float32 tensors: episode e is the rows starts[e]:ends[e]."""
 
     observations: torch.Tensor  # [N, O]
-    actions: torch.Tensor  # [N, A], within the action space
+    actions: torch.Tensor  # [N, A]
     rewards: torch.Tensor  # [N]
     costs: torch.Tensor | None  # [N]; None where nothing may read them
     starts: torch.Tensor  # [E] int64
@@ -259,56 +607,82 @@ class Dataset(NamedTuple):
         """Sums [E] of values [N] over each episode: returns, or cost returns."""
         return np.add.reduceat(values.numpy().astype(np.float64), self.starts.numpy())
 
-    def rows(self, episodes):
-        """Indices [M] of all rows of the given episodes."""
-        return torch.cat([torch.arange(self.starts[e], self.ends[e]) for e in episodes])
+    def steps(self, episodes, device="cpu"):
+        """Observations [M, O] and actions [M, A] of all steps of the given episodes, in order."""
+        rows = torch.cat([torch.arange(self.starts[e], self.ends[e]) for e in episodes])
+        return self.observations[rows].to(device), self.actions[rows].to(device)
 
 
 def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None):
-    """A Dataset from arrays as in DSRL's files; rows after the last episode's end are dropped."""
-    ends = np.flatnonzero((np.asarray(terminals) > 0) | (np.asarray(timeouts) > 0)) + 1
+    """A Dataset from arrays as in DSRL's files: [N, O], [N, A], and [N] or [N, 1].
+
+    An episode ends where a terminal or a timeout is set; rows after the last end are dropped.
+    UserError names the array that is missing, has another shape, is negative or not finite."""
+    arrays = {"observations": observations, "actions": actions, "rewards": rewards}
+    arrays |= {"terminals": terminals, "timeouts": timeouts}
+    if costs is not None:
+        arrays["costs"] = costs
+    for name, values in arrays.items():
+        values, is_wide = np.asarray(values), name in ("observations", "actions")
+        if values.ndim == 2 and values.shape[1] == 1 and not is_wide:
+            values = values[:, 0]
+        shape, found = "(N, width)" if is_wide else "(N,)", f"{values.dtype} {values.shape}"
+        is_right = values.dtype.kind in "fiub" and values.ndim == 1 + is_wide and len(values)
+        require(is_right, f"'{name}' must be numbers of shape {shape}, N > 0; found {found}.")
+        rows = len(arrays["observations"])
+        require(len(values) == rows, f"'{name}' has {len(values)} rows, 'observations' has {rows}.")
+        arrays[name] = values = values.astype(np.float32, copy=False)
+        is_finite = values.min() >= -1e9 and values.max() <= 1e9  # false for NaN as well
+        require(is_finite, f"'{name}' has values that are not finite, or beyond 1e9.")
+    require(costs is None or arrays["costs"].min() >= 0, "'costs' has negative values.")
+
+    ends = np.flatnonzero((arrays.pop("terminals") > 0) | (arrays.pop("timeouts") > 0)) + 1
     require(len(ends), "no terminal and no timeout is set, so no episode has an end.")
-    if ends[-1] < len(rewards):
-        print(f"dropped the last {len(rewards) - ends[-1]} rows: an episode without an end.")
-    arrays = [None if x is None else x[: ends[-1]] for x in (observations, actions, rewards, costs)]
-    tensors = [None if x is None else torch.as_tensor(x, dtype=torch.float32) for x in arrays]
-    return Dataset(*tensors, torch.from_numpy(np.append(0, ends[:-1])), torch.from_numpy(ends))
+    if ends[-1] < rows:
+        print(f"dropped the last {rows - ends[-1]} rows: an episode without an end")
+    tensors = {name: torch.as_tensor(values[: ends[-1]]) for name, values in arrays.items()}
+    starts = torch.from_numpy(np.append(0, ends[:-1]))
+    return Dataset(**{"costs": None} | tensors, starts=starts, ends=torch.from_numpy(ends))
 
 
 def load_dataset(path, env, with_costs=True):
-    """Read what is needed of a file in DSRL's format, or UserError; never next_observations."""
+    """Read what is needed of a file in DSRL's format; never next_observations. UserError names it.
+
+    Only arrays that lie in the file itself are read, as a link, or a virtual or external array,
+    could make us read other files; and none that is larger than the file could hold compressed."""
+    import dsrl
     import h5py
 
-    shapes = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
-    shapes |= dict.fromkeys(["rewards", "terminals", "timeouts"] + ["costs"] * with_costs, ())
-    values, low, high = {}, env.action_space.low, env.action_space.high
+    arrays, actions = {}, env.action_space
+    names = ["observations", "actions", "rewards", "terminals", "timeouts"] + ["costs"] * with_costs
     try:
-        with h5py.File(path, "r") as file:
-            for key, shape in progress(shapes.items(), "load", unit="array"):
-                # A link, or a virtual or external array, could make us read other files.
-                link = file.get(key, getlink=True)
-                array = file[key] if isinstance(link, h5py.HardLink) else None
-                own = isinstance(array, h5py.Dataset) and not (array.is_virtual or array.external)
-                require(own, f"it needs an array '{key}' of its own, and has {sorted(file)[:12]}.")
-                fits = array.dtype.kind in "fiub" and array.shape[1:] in {shape, shape or (1,)}
-                fits = fits and array.shape and len(array) == len(file["observations"]) > 0
-                needs = f"'{key}' must be numbers of shape {('N', *shape)}, N > 0"
-                require(fits, f"{needs}; found {array.dtype} {array.shape}.")
-                stored = array.nbytes <= 2000 * array.id.get_storage_size()  # gzip stays below 1032
-                require(stored, f"'{key}' declares {array.shape}, and stores next to nothing.")
-                values[key] = value = np.zeros(array.shape, np.float32)  # faster than empty()
-                array.read_direct(value)
-                finite = value.min() >= -1e9 and value.max() <= 1e9  # false for NaN as well
-                require(finite, f"'{key}' has values that are not finite, or beyond 1e9.")
-                values[key] = value.reshape(len(value), *shape)
-        actions, values["actions"] = values["actions"], values["actions"].clip(low, high)
-        near = (abs(actions - values["actions"]) <= high - low).all()  # the simulators clip as well
-        require(near, f"'actions' lie far outside the action space [{low}, {high}].")
-        require(not with_costs or values["costs"].min() >= 0, "'costs' has negative values.")
-        return make_dataset(**values)
+        with h5py.File(path) as file:
+            for name in names:
+                array = file.get(name)
+                is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
+                is_own = is_own and isinstance(array, h5py.Dataset)
+                is_own = is_own and not (array.is_virtual or array.external)
+                advice = "README, «Your own data», says what is needed and converts Minari's"
+                if name == "costs":
+                    advice = "pass --preferences where there are no costs"
+                require(is_own, f"it needs an array '{name}' of its own; {advice}.")
+                is_held = array.nbytes <= 2000 * os.path.getsize(path)  # gzip stays below 1032
+                require(is_held, f"'{name}' declares {array.shape}, more than the file can hold.")
+                arrays[name] = array[()]
+        dataset = make_dataset(**arrays)
+        for name, box in {"observations": env.observation_space, "actions": actions}.items():
+            width = arrays[name].shape[1]
+            require(width == box.shape[0], f"'{name}' must be {box.shape[0]} wide; found {width}.")
+        low, high = torch.tensor(actions.low), torch.tensor(actions.high)
+        clipped = dataset.actions.clip(low, high)  # as the simulators do
+        is_near = ((dataset.actions - clipped).abs() <= high - low).all()
+        require(is_near, f"'actions' lie far outside the action space, {actions}.")
+        return dataset._replace(actions=clipped)
     except (OSError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         reason = " ".join(str(error).split())  # damaged files fail in all these ways
-        raise UserError(f"--dataset {path}: not a usable HDF5 file: {reason}") from None
+        is_cached = Path(path).parent == Path(dsrl.offline_env.DATASET_PATH)
+        advice = "; delete it, and it is downloaded or collected again." if is_cached else ""
+        raise UserError(f"--dataset {path}: not usable: {reason}{advice}") from None
 
 
 def find_dataset(args, env):
@@ -316,54 +690,122 @@ def find_dataset(args, env):
     import dsrl
 
     if args.dataset not in ("dsrl", "scripted"):
-        return Path(args.dataset)
-    url, known = env.unwrapped.dataset_url, ", ".join(CONTROLLERS)
+        path = Path(args.dataset).expanduser()
+        near = difflib.get_close_matches(args.dataset, ["dsrl", "scripted"]) or ["an HDF5 file"]
+        require(path.exists(), f"--dataset {path}: no such file; is {near[0]} meant?")
+        return path
+    url = env.unwrapped.dataset_url
     path = Path(dsrl.offline_env.DATASET_PATH) / Path(url).name
     if args.dataset == "scripted":
+        known = ", ".join(CONTROLLERS)
         require(args.env in CONTROLLERS, f"--dataset scripted: {args.env} has none; {known} have.")
-        path = path.with_name(f"{args.env}-scripted-{args.scripted_episodes}.hdf5")
-        make = partial(collect, args.env, args.scripted_episodes, args.workers)
-    else:
-        urls = [url, f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"]
-        make = partial(download, urls, check=lambda file: load_dataset(file, env))
-    with lock(path.with_suffix(".lock")):  # of two processes, one makes the file
-        if not path.exists():
-            make(path)
-        shutil.rmtree(path.with_suffix(".episodes"), ignore_errors=True)  # parts of what is whole
+        source = inspect.getsource(CONTROLLERS[args.env]) + inspect.getsource(run_episode)
+        version = hashlib.sha256(source.encode()).hexdigest()[:8]  # data of another one is not used
+        path = path.with_name(f"{args.env}-{version}-scripted-{args.scripted_episodes}.hdf5")
+    with FileLock(path.with_suffix(".lock")):  # of two processes, one makes the file
+        if not path.exists() and args.dataset == "scripted":
+            collect(args.env, args.scripted_episodes, args.workers, path)
+        elif not path.exists():
+            mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
+            download([url, mirror], path, env)
     return path
 
 
-def download(urls, path, check, timeout=60):
-    """Fetch the first url whose file ``check`` accepts; each has ``timeout`` seconds per byte."""
-    part, tried = path.with_name(f"{path.name}.{os.getpid()}.part"), []
+def download(urls, path, env, timeout=60):
+    """Fetch the first url that gives usable data; each has ``timeout`` seconds per byte."""
+    tried = []
     socket.setdefaulttimeout(timeout)
     for url in urls:
-        print(f"downloading {url}")
+        print(f"downloading {url}", flush=True)
         try:
-            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-            check(part)  # HDF5 knows its own length: a file cut short does not open
-            return os.replace(part, path)
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+            return load_dataset(path, env)  # HDF5 knows its length: a file cut short does not open
         except (OSError, ValueError, UserError) as error:
+            path.unlink(missing_ok=True)
             tried.append(f"{url} ({error})")
-            part.unlink(missing_ok=True)
     ways = "pass a file with --dataset FILE, or use --dataset scripted"
     raise UserError(f"no data for {path.name}: tried {' and '.join(tried)}; {ways}.")
 
 
-# ---------------------------------------------------------------------------------- scripted data
+# --------------------------------------------------------------------- simulators, scripted data
+def import_simulators():
+    """Import gymnasium with DSRL's tasks registered, quietly, on Python 3.10 and 3.11."""
+    os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
+    plain_dataclass = dataclasses.dataclass
+
+    def dataclass(cls=None, **options):  # since 3.11 a field's default can't be an array
+        if cls is None:
+            return functools.partial(dataclass, **options)
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, np.ndarray):
+                setattr(cls, name, dataclasses.field(default_factory=value.copy))
+        return plain_dataclass(cls, **options)
+
+    try:
+        with mock.patch("dataclasses.dataclass", dataclass), own_streams():
+            import dsrl.offline_bullet_safety_gym
+            import dsrl.offline_safety_gymnasium.gym_envs
+            import gymnasium
+    except OSError as error:
+        raise UserError(f"{error}; set DSRL_DATASET_DIR to a folder for DSRL's data.") from None
+    gymnasium.logger.set_level(gymnasium.logger.ERROR)
+    return gymnasium
+
+
+@contextlib.contextmanager
+def own_streams():
+    """Bullet redirects the streams by their names, which those of notebooks and pytest lack."""
+    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
+        yield
+
+
+def make_env(env_id):
+    """A new simulator of a registered task."""
+    with own_streams():
+        return import_simulators().make(env_id)
+
+
+def resolve_env(name, cost_limit=None):
+    """The registered id of a DSRL task, from a short name or an id, and its cost limit: the given
+    one, or the tightest of DSRL's. UserError names the nearest tasks."""
+    require(name, "--env is missing: it names a DSRL task, such as OfflineBallCircle.")
+    ids = [i for i in import_simulators().registry if i.startswith("Offline")]
+    known = {i.split("-")[0].removesuffix("Gymnasium"): i for i in ids}  # gymnasium's come last
+    known |= {i: i for i in known.values()}
+    is_metadrive = "metadrive" in name.lower()
+    require(not is_metadrive, f"--env {name}: DSRL's MetaDrive tasks are not supported here.")
+    near = difflib.get_close_matches(name, known, 3, 0.4) or sorted(known)
+    require(name in known, f"--env {name}: no such DSRL task; the nearest: {', '.join(near)}.")
+    tightest = 20.0 if "Gymnasium" in known[name] else 10.0
+    return known[name], tightest if cost_limit is None else cost_limit
+
+
+@contextlib.contextmanager
+def without_textures():
+    """Keep MuJoCo from loading pictures of sky and floor, for seconds, at each reset."""
+    import mujoco
+
+    load = mujoco.MjModel.from_xml_string
+
+    def load_plain(xml, *args, **options):
+        return load(re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml), *args, **options)
+
+    with mock.patch.object(mujoco.MjModel, "from_xml_string", load_plain):
+        yield
+
+
 def collect(env_id, episodes, workers, path):
-    """Run the task's controller and write the episodes to ``path`` in DSRL's format."""
+    """Write episodes of the task's controller to ``path`` in DSRL's format."""
     import h5py
 
-    print(f"collecting {episodes} scripted episodes, once, into {path}")
-    jobs = [(CONTROLLERS[env_id], seed) for seed in range(episodes)]
-    runs = run_episodes(env_id, jobs, workers, "collect", path.with_suffix(".episodes"))
+    print(f"collecting {episodes} scripted episodes, once, into {path}", flush=True)
+    runs = run_episodes(env_id, CONTROLLERS[env_id], range(episodes), workers, "collecting")
 
     def save(file):
         with h5py.File(file, "w") as target:
-            for key in KEYS:
-                values = np.concatenate([run[key] for run in runs])
-                target.create_dataset(key, data=values, compression="gzip")
+            for name in runs[0]:
+                values = np.concatenate([run[name] for run in runs])
+                target.create_dataset(name, data=values, compression="gzip")
             target.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
 
     write(path, save)
@@ -394,24 +836,26 @@ def bullet_controller(env, seed):
 
 def lidar_controller(env, seed):
     """Face the goal; turn from what lies ahead, and brake (Braitenberg, Vehicles, 1984). Half of
-    the drivers are reckless: Button tasks' mind no danger, Goal tasks' seek it."""
-    rng, car, button = np.random.default_rng(seed), "Car" in env.spec.id, "Button" in env.spec.id
+    the drivers are reckless: CarButton's mind no danger, PointGoal's seek it."""
+    rng, car = np.random.default_rng(seed), "Car" in env.spec.id
     caution, speed, noise = rng.uniform([1, 0.7, 0.3], [2, 0.9, 0.7])
     if rng.uniform() < 0.5:
-        caution, speed = 0.0 if button else -1.0, 1.0
+        caution, speed = 0.0 if car else -1.0, 1.0
     angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
     ahead = np.clip(bins[:, 0], 0, 1) ** 2
     damping = np.array([[0, -0.3], [0, 0]] if car else [[0.3, 0], [0, 1]])  # of the (x, y) velocity
     wheels, gain = (np.array([[1.5, 1], [1.5, -1]]), 3) if car else (np.eye(2), 2)
     brake, reach = (1, 0.3) if car else (0.3, 0.4)  # below a brake of 1, cars get stuck at buttons
-    free = {"hazards": 0.35} | ({"gremlins": 0.7, "buttons": 0.35} if button else {})  # in metres
+    clearance = {"hazards": 0.35}  # in metres
+    if car:
+        clearance |= {"gremlins": 0.7, "buttons": 0.35}
 
     def act(observation):
         seen = import_simulators().spaces.unflatten(env.unwrapped.obs_space_dict, observation)
         goal = seen["goal_lidar"] @ bins
         drive, turn = goal / (np.linalg.norm(goal) + 1e-6) - damping @ seen["velocimeter"][:2]
-        for name, metres in free.items():
+        for name, metres in clearance.items():
             lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
             near = np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / reach)
             others = lidar - seen["goal_lidar"]  # of the buttons one is the goal
@@ -423,457 +867,277 @@ def lidar_controller(env, seed):
 
 
 BULLET = [f"Offline{robot}{task}-v0" for robot in ("Ball", "Car") for task in ("Circle", "Run")]
-LIDAR = [f"Offline{r}{task}1Gymnasium-v0" for r in ("Car", "Point") for task in ("Button", "Goal")]
+LIDAR = ["OfflineCarButton1Gymnasium-v0", "OfflinePointGoal1Gymnasium-v0"]
 CONTROLLERS = dict.fromkeys(BULLET, bullet_controller) | dict.fromkeys(LIDAR, lidar_controller)
 
 
-# ------------------------------------------------------------------------ policy and pre-training
-def gaussian_log_prob(mean, std, actions, low, high):
-    """Exact log-probability [...] of actions [..., A] of a Gaussian clipped to [low, high]:
-    inside, the normal density; on a bound, as many actions are, the mass that is clipped to it."""
-    z = (actions - mean) / std
-    inside = -0.5 * z * z - std.log() - 0.5 * math.log(2 * math.pi)
-    clipped = torch.special.log_ndtr(torch.where(actions >= high, -z, z))
-    return torch.where((actions > low) & (actions < high), inside, clipped).sum(-1)
+# ---------------------------------------------------------------------- table, picture and summary
+def print_table(rows):
+    """Print rows, of as_row(), as one Markdown table."""
+    print("\n| data | method | return | cost | violations | failures | seeds | p return, cost |")
+    print("|---|---" + "|---:" * 6 + "|")
+    for row in rows:
+        line = "| {data} | {method} | {return_mean:.4g} [{return_low:.4g}, {return_high:.4g}] "
+        line += "| {cost_mean:.4g} [{cost_low:.4g}, {cost_high:.4g}] | {violation_rate:.0%} "
+        line += "| {failure_rate:.0%} | {seeds} | {return_p:.2g}, {cost_p:.2g} |"
+        print(line.format(**row).replace("nan, nan", ""))
 
 
-class GaussianPolicy(nn.Module):
-    """MLP with a diagonal Gaussian, clipped to the action space [low, high], each [A]; ``mean`` and
-    ``std`` [O] normalise observations; ``log_std_bounds`` are for std in half action ranges."""
-
-    def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
-        super().__init__()
-        sizes = [len(mean), *hidden]
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * len(low)))
-        buffers = dict(low=low, high=high, mean=mean, std=std, log_std_bounds=log_std_bounds)
-        for name, value in buffers.items():
-            self.register_buffer(name, torch.as_tensor(np.asarray(value, np.float32)))
-
-    def forward(self, observations):
-        """Observations [..., O] to mean and standard deviation before clipping, [..., A] each."""
-        mean, log_std = self.net((observations - self.mean) / self.std).chunk(2, -1)
-        lowest, highest = self.log_std_bounds
-        half = (self.high - self.low) / 2
-        log_std = lowest + (highest - lowest) * torch.sigmoid(log_std)
-        return (self.high + self.low) / 2 + half * torch.tanh(mean), half * log_std.exp()
-
-
-def policy_actor(policy, sample, env, seed):
-    """The function from an observation to the policy's mean action, or to a sample of it."""
-    generator = torch.Generator().manual_seed(seed)
-
-    @torch.inference_mode()
-    def act(observation):
-        mean, std = policy(torch.as_tensor(observation, dtype=torch.float32))
-        noise = torch.randn(mean.shape, generator=generator) if sample else 0.0
-        return (mean + std * noise).numpy()  # run_episode clips it
-
-    return act
-
-
-def load_policy(path, env_id=None):
-    """A GaussianPolicy on the CPU from a checkpoint of the task; only tensors are read, no code."""
+def draw_report(path, args, dataset, costs, preferences, before, after, curve):
+    """Draw labelled trajectories, where their costs [E] are known, the evaluated episodes before
+    and after fine-tuning, and how the ranking of trajectories went meanwhile."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state, found = content["state"], f"format {content['format']} of {content['env']}"
-        hidden = [len(value) for key, value in state.items() if key.endswith("bias")][:-1]
-        policy = GaussianPolicy(*(state[k] for k in ("low", "high", "mean", "std")), hidden)
-        policy.load_state_dict(state)
-        fits = content["format"] == 1 and env_id in (None, content["env"])
-    except Exception as error:  # foreign and damaged files fail in every way
-        fits, found = False, f"{error!r:.99}"
-    require(fits, f"{path}: not a checkpoint of prefine.py, format 1 of {env_id}: found {found}.")
-    return policy
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"no {path}: matplotlib is missing; pip install matplotlib")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    plane, traces, ranking = figure.subplots(1, 3)
+    for label, colour in {"preferred": "tab:blue", "dispreferred": "tab:red"}.items():
+        if costs is not None:
+            points = np.stack([costs, dataset.sums(dataset.rewards)])[:, preferences[label]]
+            plane.scatter(*points, s=12, color=colour, label=label)
+    is_seen_from_above = re.fullmatch(r"Offline\w+(Circle|Run)-v0", args.env)
+    for label, colour, episodes in ("before", "orange", before), ("after", "green", after):
+        totals = [(episode["costs"].sum(), episode["rewards"].sum()) for episode in episodes]
+        plane.scatter(*np.transpose(totals), marker="x", color=colour, label=f"policy {label}")
+        for episode in episodes:
+            x, y = range(len(episode["costs"])), episode["costs"].cumsum()
+            if is_seen_from_above:  # there an observation begins with x / 10 and y / 10
+                x, y = 10 * episode["observations"][:, :2].T
+            traces.plot(x, y, color=colour, lw=0.8)
+    plane.axvline(args.cost_limit, color="k", ls="--", label="cost limit")
+    plane.set(xlabel="cost of an episode", ylabel="return", title="Episodes")
+    plane.legend(fontsize=8)
+    if is_seen_from_above:
+        traces.set(xlabel="x (m)", ylabel="y (m)", title="Paths from above")
+    else:
+        traces.set(xlabel="step", ylabel="cost so far", title="Cost over time")
+    accuracies = [name for name in curve[-1] if name.startswith("accuracy")] if curve else []
+    for name in accuracies:
+        updates = [row["update"] for row in curve]
+        ranking.plot(updates, [row[name] for row in curve], label=name.split("/", 1)[1])
+    ranking.axhline(0.5, color="k", ls="--", label="chance")
+    ranking.set(xlabel="update of the fine-tuning", ylabel="share", title="Pairs ranked right")
+    ranking.legend(fontsize=8, loc="lower right")
+    write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def optimise(stage, policy, sample, losses, args, path=None, monitor=dict):
-    """Minimise a sum of terms by Adam with a cosine decay of the learning rate.
-
-    ``sample(n, options)`` draws random tensors [n, ...] for n updates; ``losses`` takes those of
-    one, and gives {term: scalar}. Returns a row of losses and ``monitor()`` per CHUNK updates; all
-    is saved at ``path`` then, to go on from. UserError: a loss or a parameter is not finite."""
-    updates, lr = getattr(args, f"{stage}_updates"), getattr(args, f"{stage}_lr")
-    parameters, rows, device = list(policy.parameters()), [], next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    if path and path.exists():
-        weights, adam, randomness, rows = torch.load(path, weights_only=True)
-        policy.load_state_dict(weights)
-        optimizer.load_state_dict(adam)
-        generator.set_state(randomness)
-    for done in progress(range(CHUNK * len(rows), updates, CHUNK), stage, unit=f"{CHUNK} updates"):
-        size, totals = min(CHUNK, updates - done), {}
-        draws = sample(size, dict(generator=generator, device=device))
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done / updates))
-        for step in range(size):
-            terms = losses(*(draw[step] for draw in draws))
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            optimizer.step()
-            totals = {name: totals.get(name, 0.0) + x.detach() for name, x in terms.items()}
-        row = {f"losses/{name}": float(total) / size for name, total in totals.items()}
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        broken += [] if all(p.isfinite().all() for p in parameters) else ["a parameter"]
-        where = f"in updates {done} to {done + size}; the last good state: {path if rows else None}"
-        require(not broken, f"{stage}: {', '.join(broken)} is not finite {where}.")
-        rows.append({"update": done + size} | row | monitor())
-        if path:
-            state = policy.state_dict(), optimizer.state_dict(), generator.get_state(), rows
-            write(path, partial(torch.save, state))
-    return rows
+def names(config):
+    """What a table calls a run: its data set, and its method with the flags that were changed."""
+    task = config["env"].split("-")[0].removeprefix("Offline").removesuffix("Gymnasium")
+    data = f"{task}, {Path(config['dataset']).name} {config['dataset_sha256'][:4]}"
+    method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
+    for flag in sorted(preset.keys() & config.keys() - {"env", "seed", "dataset", "cost_limit"}):
+        if config[flag] != preset[flag]:
+            digest = config.get(f"{flag}_sha256", "")[:4]
+            method += f" --{flag.replace('_', '-')} {config[flag]} {digest}".rstrip()
+    return f"{data}, limit {config['cost_limit']:g}", method
 
 
-def pretrain(dataset, space, args, path=None):
-    """Reward-only pre-training: imitate the best episodes by return, the "%BC" of Chen et al.,
-    Decision Transformer, 2021. Costs are never read. Returns the GaussianPolicy for actions in the
-    Box ``space``, and its curve as of ``optimise``."""
-    order = np.argsort(-dataset.sums(dataset.rewards), kind="stable")  # best episodes first
-    rows = dataset.rows(order[: max(1, round(args.pretrain_top * len(order)))])
-    observations, actions = (x[rows].to(args.device) for x in dataset[:2])
-    mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
-    std = torch.where(std < 1e-6, 1.0, std)  # a constant observation tells nothing
-    torch.manual_seed(args.seed)
-    policy = GaussianPolicy(space.low, space.high, mean, std, args.hidden).to(args.device)
-
-    def sample(n, options):
-        return [torch.randint(len(rows), (n, args.batch_size), **options)]
-
-    def losses(index):
-        distribution = policy(observations[index])
-        log_prob = gaussian_log_prob(*distribution, actions[index], policy.low, policy.high)
-        return {"imitation": -log_prob.mean()}
-
-    return policy, optimise("pretrain", policy, sample, losses, args, path)
+def print_run(config, metrics):
+    """The table of one run: before and after fine-tuning."""
+    data, method = names(config)
+    before, after = {config["seed"]: metrics["pretrained"]}, {config["seed"]: metrics["finetuned"]}
+    print_table([as_row(data, "pre-trained", before, {}), as_row(data, method, after, {})])
 
 
-# ------------------------------------------------------------------------------------ preferences
-def draw_preferences(costs, limit, preferred, dispreferred, seed, heldout=20):
-    """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``. Returns
-    {"preferred": episode indices, "dispreferred": ...}, drawn at random from each side, and up to
-    ``heldout`` more of each to measure, "heldout_...". Raises UserError if there are fewer."""
-    rng, wanted, drawn = np.random.default_rng(seed), (preferred, dispreferred), {}
-    for label, n, chosen in zip(LABELS, wanted, (costs <= limit, costs > limit)):
-        found = rng.permutation(np.flatnonzero(chosen))
-        side = "at or under" if label == "preferred" else "over"
-        have = f"only {len(found)} of {len(costs)} episodes have a cost {side} {limit:g}"
-        require(n <= len(found), f"--{label} {n}: {have}; ask for fewer, or set --cost-limit.")
-        drawn |= {label: found[:n], f"heldout_{label}": found[n:][:heldout]}
-    return drawn
-
-
-def read_preferences(path, episodes):
-    """Labels from a CSV file with the columns ``episode,label``; UserError names a bad line."""
-    found = {label: [] for label in LABELS}
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            for line, row in enumerate(csv.DictReader(file), 2):
-                episode, label = row.get("episode") or "", row.get("label")
-                valid = episode.isdecimal() and int(episode) < episodes and label in found
-                valid = valid and int(episode) not in sum(found.values(), [])
-                needs = f"a new episode below {episodes}, and preferred or dispreferred"
-                require(valid, f"--preferences {path}, line {line}: needs {needs}; found {row}.")
-                found[label].append(int(episode))
-    except csv.Error as error:
-        raise UserError(f"--preferences {path}: not a readable CSV file ({error}).") from None
-    require(all(found.values()), f"--preferences {path}: needs episodes of both labels.")
-    return found
-
-
-def nearest_weights(states, w, n=4000):
-    """v [M] of the states of the D dispreferred episodes: the w of the episode, other than their
-    own, that has the nearest state, or 0 if that one is dispreferred as well. It is multiplied by
-    D / P if D < P, as a few episodes cover too little of where they go to be the nearest there.
-
-    ``states`` lists [T, O] of each labelled episode, the P preferred first, whose weights are ``w``
-    [P]. Observations count in standard deviations; some ``n`` states of each label are compared."""
-    std, mean = torch.std_mean(torch.cat(states), 0)
-    states, v = [(x - mean) / (std + 1e-6) for x in states], []
-    preferred, dispreferred = len(w), len(states) - len(w)
-    weights = torch.cat([min(1, dispreferred / preferred) * w, w.new_zeros(dispreferred)])
-    sizes = [-(-n // k) for k in (preferred, dispreferred) for _ in range(k)]
-    points = torch.cat([x[torch.linspace(0, len(x) - 1, k).long()] for x, k in zip(states, sizes)])
-    owners = torch.arange(len(states)).repeat_interleave(torch.tensor(sizes)).to(w.device)
-    for episode in range(preferred, len(states)):
-        others = owners != episode
-        nearest = torch.cdist(states[episode], points[others]).argmin(1)
-        v.append(weights[owners[others][nearest]])
-    return torch.cat(v)
-
-
-# ------------------------------------------------------------- counterfactuals and the joint loss
-def preference_loss(winner, loser, beta, smoothing=0.0):
-    """DPO's loss of ``winner > loser`` (Rafailov et al. 2023, eq. 7), element by element.
-
-    Winner and loser are log-ratios h = log pi - log pi_ref of one shape. Divided by ``beta``, the
-    slope where they are equal is 1/2: a small beta only delays saturation. ``smoothing`` is the
-    share of the opposite loss, for labels that may be wrong (cDPO, Mitchell 2023)."""
-    margin = winner - loser  # log sigmoid(-x) = log sigmoid(x) - x
-    return smoothing * margin - nn.functional.logsigmoid(beta * margin) / beta
-
-
-def log_ratios(distribution, reference, actions, low, high, noise, source="current"):
-    """Log-ratios h [...] of ``actions`` [..., A], and mean h [...] of K counterfactuals of them.
-
-    ``distribution`` and ``reference``: mean and std [..., A] of pi and pi_ref in the same states;
-    ``source`` is sampled, with standard normal ``noise`` [K, ..., A]; a sample has no gradient."""
-    mean, std = distribution if source == "current" else reference
-    with torch.no_grad():
-        counterfactuals = torch.clamp(mean + std * noise, low, high)
-        both = torch.cat([actions[None], counterfactuals])  # [1 + K, ..., A]
-        reference_log_prob = gaussian_log_prob(*reference, both, low, high)
-    h = gaussian_log_prob(*distribution, both, low, high) - reference_log_prob
-    return h[0], h[1:].mean(0)
-
-
-def joint_loss(preferred, dispreferred, distributions, weights, args):
-    """The terms of PREFINE's loss, {name: scalar}, times their weights in ``args``; 0: left out.
-    ``preferred`` and ``dispreferred`` are pairs [B], h of the actions and of their counterfactuals,
-    summed over segments; ``distributions`` are (mean, std) of pi and of pi_ref, before clipping;
-    ``weights`` are w and v [B]. Imitation takes h for log pi: the gradient is the same."""
-    (good, good_c), (bad, bad_c), (w, v) = preferred, dispreferred, weights
-    contrast = partial(preference_loss, beta=args.beta, smoothing=args.smoothing)
-    terms = {
-        "contrast_preferred": lambda: w * contrast(good, good_c),
-        "contrast_dispreferred": lambda: v * contrast(bad_c, bad),
-        "contrast_pair": lambda: contrast(good, args.bias * bad),  # bias: CPL, Hejna et al. 2024
-        "imitation": lambda: -w * good,
-        "kl": lambda: kl_divergence(*(Normal(*x) for x in distributions)).sum(-1),  # an upper bound
-    }
-    return {name: x * terms[name]().mean() for name in terms if (x := getattr(args, name))}
-
-
-# ------------------------------------------------------------------------------------ fine-tuning
-def finetune(policy, dataset, preferences, args=None, path=None):
-    """Align a reward-trained policy with labelled trajectories. Costs are never read.
-
-    ``policy`` is any module from observations [..., O] to mean and std [..., A] whose buffers
-    ``low`` and ``high`` bound its actions (infinite: a plain Gaussian); ``preferences`` are episode
-    indices {"preferred": [...], "dispreferred": [...]}. Returns the aligned copy and the rows of
-    ``optimise``, which resumes from ``path``. UserError: a segment is longer than an episode."""
-    args = args or parse_args([])
-    reference, policy = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(policy)
-    low, high, device = policy.low, policy.high, policy.low.device
-    episodes = torch.cat([torch.as_tensor(preferences[label]) for label in LABELS])
-    lengths, preferred = (dataset.ends - dataset.starts)[episodes], len(preferences[LABELS[0]])
-    sentence = f"--segment {args.segment}: the shortest labelled episode has {lengths.min()} steps."
-    require(args.segment <= lengths.min(), sentence)
-
-    # The labelled states, and pi_ref's mean and std in them, are the same in every update.
-    rows, border = dataset.rows(episodes), lengths[:preferred].sum()  # the preferred come first
-    observations, actions = (x[rows].to(device) for x in dataset[:2])
-    known_mean, known_std = reference(observations)
-    whole = rows + args.segment <= dataset.ends[episodes].repeat_interleave(lengths)
-    starts = whole.nonzero()[:, 0].to(device)  # rows where a whole segment starts
-    starts = starts[starts < border], starts[starts >= border]
-
-    # Among the safe, imitate the rewarding: a preferred episode counts by its return.
-    returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:preferred]]
-    w = torch.softmax(args.return_weight * returns / (returns.std(correction=0) + 1e-8), 0)
-    w = (preferred * w).float().to(device)
-    # v: push where a preferred episode is near, in proportion to how much that one pulls.
-    v = w.new_ones(len(rows[border:]))
-    if args.contrast_dispreferred and not args.all_dispreferred:  # else v is 1, or not used
-        v = nearest_weights(observations.split(lengths.tolist()), w)
-    weights = torch.cat([w.repeat_interleave(lengths[:preferred].to(device)), v])
-    size, steps = args.batch_size // 2, torch.arange(args.segment, device=device)
-    discounts = args.discount**steps
-
-    def sample(n, options):
-        draws = [x[torch.randint(len(x), (n, size), **options)] for x in starts]
-        shape = (n, args.counterfactuals, 2 * size, len(steps), actions.shape[-1])
-        return torch.cat(draws, 1), torch.randn(shape, **options)
-
-    def losses(starts, noise):
-        index = starts[:, None] + steps  # [2B, T]: B preferred segments, then B dispreferred
-        taken, known = actions[index], (known_mean[index], known_std[index])
-        distribution = policy(observations[index])  # one forward serves a and c
-        h, c = log_ratios(distribution, known, taken, low, high, noise, args.counterfactual)
-        pairs = zip(*((discounts * x).sum(1).split(size) for x in (h, c)))
-        return joint_loss(*pairs, (distribution, known), weights[index].mean(1).split(size), args)
-
-    monitor = partial(preference_metrics, policy, reference, dataset, preferences)
-    return policy, optimise("finetune", policy, sample, losses, args, path, monitor)
-
-
-@torch.no_grad()
-def preference_metrics(policy, reference, dataset, preferences, states=32):
-    """Implicit margins (mean log-ratio per step, nats), preference accuracy and KL, {name: float},
-    on training and held-out preferences, from evenly spaced ``states`` of each episode."""
-    generator, metrics = torch.Generator().manual_seed(0), {}
-    for name, prefix in ("train", ""), ("heldout", "heldout_"):
-        sets = [preferences.get(prefix + label, []) for label in LABELS]
-        if not min(sizes := [*map(len, sets)]):
-            continue
-        first, last = (x[np.concatenate(sets)] for x in (dataset.starts, dataset.ends - 1))
-        index = (first + torch.linspace(0, 1, states)[:, None] * (last - first)).long()
-        observations, actions = (x[index].to(policy.low.device) for x in dataset[:2])
-        noise = torch.randn((1, *actions.shape), generator=generator).to(actions.device)
-        now, before = policy(observations), reference(observations)  # [S, E, A] each
-        ratios = log_ratios(now, before, actions, policy.low, policy.high, noise)
-        (good, bad), (good_c, bad_c) = (x.mean(0).split(sizes) for x in ratios)
-        margins = good - good_c, bad_c - bad, good[:, None] - bad  # the last of all pairs
-        for pair, margin in zip(PAIRS, margins):
-            metrics[f"margin/{name}/{pair}"] = margin.mean().item()
-            metrics[f"accuracy/{name}/{pair}"] = (margin > 0).float().mean().item()
-        metrics[f"kl/{name}"] = kl_divergence(Normal(*now), Normal(*before)).sum(-1).mean().item()
-    return metrics
-
-
-# ------------------------------------------------------------------------------------- evaluation
-def evaluate(policies, env, args, folder=None):
-    """What metrics.json says of each policy, {name: {...}}, from episodes kept in ``folder``."""
+def as_row(data, method, seeds, default):
+    """A table's row, from metrics {seed: metrics}: means over the seeds with 95 % intervals, of one
+    seed over its episodes, and p of a paired sign-flip test of the differences to the default's
+    metrics {seed: metrics} on the seeds that both have."""
     from scipy import stats
 
-    seeds = [(1000 * (args.seed + 1000) + i) % 2**32 for i in range(args.eval_episodes)]
-    actors = [partial(policy_actor, p, args.eval_sample) for p in policies.values()]
-    jobs = [(actor, seed) for actor in actors for seed in seeds]
-    runs, results = run_episodes(args.env, jobs, args.workers, "evaluate", folder), {}
-    env.unwrapped.set_target_cost(args.cost_limit)
-    for name in policies:
-        part, runs = runs[: len(seeds)], runs[len(seeds) :]
-        returns, costs, ended = np.array([[r[k].sum(dtype=float) for r in part] for k in KEYS[2:5]])
-        score, cost = env.unwrapped.get_normalized_score(returns.mean(), costs.mean())
-        results[name] = result = {"normalized_return": score, "normalized_cost": cost}
-        for key, values in ("return", returns), ("cost", costs):
-            sample = (values if len(values) > 1 else values.repeat(2),)  # it takes two or more
-            boot = stats.bootstrap(sample, np.mean, method="percentile", random_state=0)
-            result |= {f"{key}_mean": values.mean(), f"{key}_ci95": [*boot.confidence_interval]}
-        for key, events in ("violation_rate", costs > args.cost_limit), ("failure_rate", ended):
-            test = stats.binomtest(int(events.sum()), len(events)).proportion_ci(method="wilson")
-            result |= {key: events.mean(), f"{key}_ci95": [*test]}  # 0 of 20 is not "never"
-        result |= {"cost_max": costs.max(), "episodes": len(part)}
-    return results
+    row = {"data": data, "method": method, "seeds": len(seeds)}
+    for name in ("return_mean", "cost_mean", "violation_rate", "failure_rate"):
+        row[name] = np.mean([metrics[name] for metrics in seeds.values()])
+    for name in ("return", "cost"):
+        means = {seed: metrics[f"{name}_mean"] for seed, metrics in seeds.items()}
+        limits = interval(list(means.values()))
+        if len(seeds) == 1:
+            (limits,) = (metrics[f"{name}_ci95"] for metrics in seeds.values())
+        row[f"{name}_low"], row[f"{name}_high"] = limits
+        common = sorted(seeds.keys() & default.keys())
+        differences = [means[seed] - default[seed][f"{name}_mean"] for seed in common]
+        row[f"{name}_p"] = math.nan
+        if len(differences) > 1:
+            test = stats.permutation_test((differences,), np.mean, permutation_type="samples")
+            row[f"{name}_p"] = test.pvalue
+    return row
 
 
-def print_table(metrics):
-    """The result for people: before and after fine-tuning, side by side."""
-
-    def cell(part, key):
-        interval = part.get(f"{key.removesuffix('_mean')}_ci95")
-        return f"{part[key]:.4g}" + (" [{:.4g}, {:.4g}]".format(*interval) if interval else "")
-
-    print("\n{env}, {dataset}, {method}, seed {seed}, cost limit {cost_limit:g}".format(**metrics))
-    print(f"{'[95 % interval]':20}{'pre-trained':>26}{'fine-tuned':>26}")
-    for key in [key for key in metrics["finetuned"] if not key.endswith("ci95")]:
-        print(f"{key:20}", *(f"{cell(metrics[x], key):>25}" for x in ("pretrained", "finetuned")))
+def summarise(folder):
+    """Print all runs in a folder as one table, and write it to summary.csv: a row is a set of flags
+    and files, apart from the seed."""
+    found = {}  # (data, method) -> {seed: metrics}
+    for path in sorted(Path(folder).rglob("metrics.json")):
+        config = json.loads(path.with_name("config.json").read_text())
+        metrics, seed = json.loads(path.read_text()), config["seed"]
+        data, method = names(config)
+        found.setdefault((data, method), {})[seed] = metrics["finetuned"]
+        before = found.setdefault((data, "pre-trained"), {})
+        if method == "prefine" or seed not in before:
+            before[seed] = metrics["pretrained"]
+    require(found, f"--summary {folder}: no metrics.json in it; each finished run has one.")
+    rows = []
+    for (data, method), seeds in sorted(found.items()):
+        rows.append(as_row(data, method, seeds, found.get((data, "prefine"), {})))
+    print_table(rows)
+    with open(Path(folder) / "summary.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ------------------------------------------------------------------------------------------- main
 def write(path, save):
-    """Write a file whole or not at all, but for a power cut: to memory, to a part, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # never two writers of one file
-    save(content := io.BytesIO())
+    """Write a file whole or not at all: ``save(file)`` of a part, then rename."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content.getbuffer())
+        with open(part, "wb") as file:
+            save(file)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_json(path, *contents, indent=None):
-    lines = [json.dumps(content, indent=indent, default=float) + "\n" for content in contents]
-    write(path, lambda file: file.write("".join(lines).encode()))
+def write_json(path, content):
+    """Write a JSON file."""
+    text = json.dumps(content, indent=2)
+    write(path, lambda file: file.write(text.encode()))
 
 
-def lock(path, sentence=None):
-    """Hold the lock file ``path``: wait for its present holder, or UserError(sentence)."""
-    with contextlib.suppress(Timeout):
-        return FileLock(path).acquire(timeout=0)
-    require(not sentence, sentence)
-    print(f"waiting for the process that holds {path}")
-    return FileLock(path).acquire()
+@contextlib.contextmanager
+def claimed(folder, config):
+    """Hold a run folder, with its config.json. UserError: another run is, or was, at work in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, lock = folder / "config.json", FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"--run-dir {folder}: another process is at work in it.") from None
+    with lock:
+        found = json.loads(path.read_text()) if path.exists() else config
+        changed = ", ".join(f"--{name}" for name in config if found.get(name) != config[name])
+        require(not changed, f"--run-dir {folder}: has another {changed}; choose another folder.")
+        write_json(path, config)
+        yield
 
 
-def draw(verb, folder, args):
-    """What is for people's eyes is drawn by run_all.sh, beside this file; its exit code."""
-    script, flags = Path(__file__).with_name("run_all.sh"), json.dumps(vars(args))
-    require(script.exists(), f"{script}, which draws, is missing; --no-report does without.")
-    return subprocess.run(["bash", script, "draw", sys.executable, verb, folder, flags]).returncode
+def configuration(args, files):
+    """What a run was made from: its flags, and SHA-256 of all bytes of the files {flag: path}."""
+    others = ("run_dir", "workers", "summary", "export_episodes")
+    config = {name: value for name, value in vars(args).items() if name not in others}
+    for name, path in files.items():
+        if path:
+            with open(path, "rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                config[f"{name}_sha256"] = hashlib.sha256(content).hexdigest()
+    return config
 
 
-def run_in_folder(args):
-    """run() in a locked run folder; one in use, or with results of other flags, is refused."""
-    args.env = resolve_env(args.env)
-    if args.cost_limit is None:
-        args.cost_limit = 20.0 if "Gymnasium" in args.env else 10.0  # DSRL's tightest
-    if args.export_episodes:
-        return draw("export", args.run_dir or f"runs/{args.env}__labels", args)
-    apart = ("run_dir", "workers", "no_resume", "no_report", "capture_video", "track")
-    flags = {key: value for key, value in vars(args).items() if key not in apart}
-    flags["preferences"] = args.preferences and Path(args.preferences).read_text("utf-8", "replace")
-    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
-    config, results, report = (folder / f for f in ("config.json", "metrics.json", "report.png"))
-    with lock(folder / ".lock", f"--run-dir {folder}: another process is at work in it."):
-        if args.no_resume:
-            for path in config, results, report, *folder.glob("*.gif"), *folder.glob("resume/*"):
-                path.unlink(missing_ok=True)
-        found = json.loads(config.read_text()) if config.exists() else flags
-        other = ", ".join("--" + k.replace("_", "-") for k in flags if found.get(k) != flags[k])
-        require(not other, f"--run-dir {folder}: has another {other}; --no-resume replaces it.")
-        if results.exists():
-            print(f"{folder} is complete; --no-resume would run it again.")
-        else:
-            run(args, folder, flags)
-        code = 0 if args.no_report else draw("results", folder, args)
-        shutil.rmtree(folder / "resume", ignore_errors=True)  # an interruption may have left it
-        print_table(json.loads(results.read_text()))
-        print(f"results in {folder}")
-        return code
+def run(args):
+    """The method as a whole: data, preferences, pre-training, fine-tuning, evaluation."""
+    is_usable = args.device == "cpu" or args.device.startswith("cuda") and torch.cuda.is_available()
+    require(is_usable, f"--device {args.device}: not usable on this machine; cpu is.")
+    torch.set_num_threads(1)
 
-
-def run(args, folder, flags):
-    """The method as a whole: data, pre-training, preferences, fine-tuning, evaluation."""
-    usable = args.device == "cpu" or torch.cuda.is_available() and args.device.startswith("cuda")
-    require(usable, f"--device {args.device}: not usable on this machine; cpu is.")
-    torch.set_num_threads(args.threads)
-    env, seconds, start = import_simulators().make(args.env), {}, time.monotonic()
-    resume = folder / "resume"  # an interrupted run goes on from what lies there
-
-    def done(stage, name=None, policy=None, curve=()):
-        seconds[stage] = time.monotonic() - start - sum(seconds.values())
-        if policy:
-            content = {"format": 1, "env": args.env, "state": policy.state_dict()}
-            write(folder / name, partial(torch.save, content))
-            write_json(folder / f"{stage}.jsonl", *curve)
-
-    dataset = load_dataset(find_dataset(args, env), env, with_costs=not args.preferences)
+    # All that can fail comes before anything is written.
+    args.env, args.cost_limit = resolve_env(args.env, args.cost_limit)
+    env = make_env(args.env)
+    path = find_dataset(args, env)
+    dataset = load_dataset(path, env, with_costs=not args.preferences)
+    costs = None
     if args.preferences:
         preferences = read_preferences(args.preferences, len(dataset.ends))
     else:
         costs, counts = dataset.sums(dataset.costs), (args.preferred, args.dispreferred)
-        preferences = draw_preferences(costs, args.cost_limit, *counts, args.seed)
-    data = {"episodes": len(dataset.ends)} | {k: len(e) for k, e in preferences.items()}
-    dataset = dataset._replace(costs=None)  # from here on nothing can read a cost
-    write_json(folder / "config.json", flags, indent=2)
-    done("load")
+        options = args.cost_limit, *counts, args.seed, args.wrong_labels
+        preferences = draw_preferences(costs, *options)
+    dataset = dataset._replace(costs=None)  # from here on no training can read a cost
+    given = load_policy(args.policy, args.env) if args.policy else None
 
-    if args.policy:
-        policy, curve = load_policy(args.policy, args.env).to(args.device), []
-    else:
-        policy, curve = pretrain(dataset, env.action_space, args, resume / "pretrain.pt")
-    done("pretrain", "pretrained.pt", policy, curve)
-    aligned, curve = finetune(policy, dataset, preferences, args, resume / "finetune.pt")
-    done("finetune", "finetuned.pt", aligned, curve)
-    policies = {"pretrained": policy.cpu(), "finetuned": aligned.cpu()}
-    metrics = {key: flags[key] for key in ("env", "dataset", "method", "seed", "cost_limit")}
-    metrics |= evaluate(policies, env, args, resume) | {"data": data, "seconds": seconds}
-    done("evaluate")
-    write_json(folder / "metrics.json", metrics, indent=2)
+    files = {"dataset": path, "preferences": args.preferences, "policy": args.policy}
+    config = configuration(args, files)
+    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+    name = f"runs/{args.env}__{args.method}__{args.seed}__{digest}"
+    folder = Path(args.run_dir or name).expanduser()
+    with claimed(folder, config):
+        if (folder / "metrics.json").exists():
+            print(f"{folder} is complete; delete it to run again")
+            return print_run(config, json.loads((folder / "metrics.json").read_text()))
+        writer = make_writer(folder)
+        if not (folder / "pretrained.pt").exists():
+            policy, curve = given or pretrain(dataset, env.action_space, args, writer)
+            save_policy(folder / "pretrained.pt", args.env, policy, curve)
+        policy, _ = load_policy(folder / "pretrained.pt")
+        if not (folder / "finetuned.pt").exists():
+            aligned, curve = finetune(policy.to(args.device), dataset, preferences, args, writer)
+            save_policy(folder / "finetuned.pt", args.env, aligned, curve)
+        aligned, curve = load_policy(folder / "finetuned.pt")
+
+        options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
+        metrics_before, before = evaluate(policy.cpu(), *options, "evaluation before")
+        metrics_after, after = evaluate(aligned, *options, "evaluation after")
+        metrics = {"pretrained": metrics_before, "finetuned": metrics_after}
+        print_run(config, metrics)
+        warn_if_weak(curve)
+        draw_report(folder / "report.png", args, dataset, costs, preferences, before, after, curve)
+        write_json(folder / "metrics.json", metrics)  # the last file: now the run is complete
+        print(f"results in {folder}")
+
+
+def make_writer(folder):
+    """TensorBoard's writer, or None where tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return print("no event files: tensorboard is missing; pip install tensorboard")
+    return SummaryWriter(folder)
+
+
+def warn_if_weak(curve):
+    """Say so where held-out labelled trajectories are ranked little better than by chance."""
+    ranked = curve[-1].get("accuracy/heldout/preferred_dispreferred", 1.0) if curve else 1.0
+    if ranked < 0.7:
+        print(f"warning: {ranked:.0%} of held-out pairs are ranked right, where 50 % is chance:")
+        print("  the labels say little about behaviour; more of them, or clearer ones, may help")
+
+
+def export_episodes(args):
+    """Write labels.csv, where a person labels a random choice of the data's episodes."""
+    args.env, _ = resolve_env(args.env)
+    env = make_env(args.env)
+    dataset = load_dataset(find_dataset(args, env), env, with_costs=False)
+    count, returns = len(dataset.ends), dataset.sums(dataset.rewards)
+    require(args.export_episodes <= count, f"--export-episodes: the data have {count} episodes.")
+    path = Path(args.run_dir or f"runs/{args.env}__labels") / "labels.csv"
+    require(not path.exists(), f"{path} exists, and may hold somebody's work; pass --run-dir.")
+    lines = "episode,label,first_row,last_row,return\n"
+    for e in sorted(np.random.default_rng(args.seed).permutation(count)[: args.export_episodes]):
+        lines += f"{e},,{dataset.starts[e]},{dataset.ends[e] - 1},{returns[e]:.4g}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: file.write(lines.encode()))
+    print(f"wrote {path}: write preferred or dispreferred into its column label, delete the lines")
+    print("that you leave open, and pass the file with --preferences")
 
 
 def main(argv=None):
+    """Run the command line. The exit code is 2 for bad input, 130 when interrupted."""
     try:
-        return run_in_folder(parse_args(argv))
-    except (UserError, OSError) as error:
-        hint = "; is the path right, and the disk not full?" * isinstance(error, OSError)
-        print(f"prefine.py: {error}{hint}", file=sys.stderr)
+        args = parse_args(argv)
+        if args.summary:
+            summarise(args.summary)
+        elif args.export_episodes:
+            export_episodes(args)
+        else:
+            run(args)
+    except (UserError, OSError, ModuleNotFoundError) as error:
+        print(f"prefine.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prefine.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tests of prefine.py, claim by claim, and its speed figures.
 
-    bash run_all.sh test                    # pytest, a few minutes on two cores
+    bash run_all.sh test                    # all of them, a few minutes on two cores
+    bash run_all.sh test -m fast            # policy, loss and fine-tuning, in seconds
     bash run_all.sh bench [--quick]         # ratios; --quick: with a tenth of the data set
     bash run_all.sh bench --osrl            # beside OSRL's BC-Safe and CPQ, many minutes
 
@@ -10,8 +11,6 @@ of whoever runs this is never touched.
 
 import contextlib
 import csv
-import fcntl
-import functools
 import http.server
 import json
 import math
@@ -42,6 +41,7 @@ ROWS, EPISODE = 60, 20  # of the small files made here
 INFINITE = torch.tensor([-math.inf, -math.inf]), torch.tensor([math.inf, math.inf])
 BOX = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0])
 BOX_SPACE = types.SimpleNamespace(low=BOX[0], high=BOX[1])
+fast = pytest.mark.fast
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -84,18 +84,6 @@ def toy_policy(seed=0, low=BOX[0], high=BOX[1]):
     return prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16])
 
 
-def recorded(monkeypatch, name):
-    """The calls of a function of prefine.py from now on, each (inputs, output)."""
-    calls, function = [], getattr(prefine, name)
-
-    def record(*inputs):
-        calls.append((inputs, function(*inputs)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(prefine, name, record)
-    return calls
-
-
 SMALL = "--hidden 16 --batch-size 32 --pretrain-top 0.5 "
 
 
@@ -122,40 +110,26 @@ def write_hdf5(path, arrays):
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """An empty dsrl cache for this session, here and in every process it starts."""
     folder = tmp_path_factory.mktemp("dsrl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSRL_DATASET_DIR", str(folder))
-        with real_streams():
-            prefine.import_simulators().make(BALL)
+        prefine.make_env(BALL)
         patch.setattr("dsrl.offline_env.DATASET_PATH", str(folder))
         torch.set_num_threads(1)
         yield folder
 
 
 @pytest.fixture(scope="session")
-def ball():
-    with real_streams():
-        return prefine.import_simulators().make(BALL)
-
-
-@contextlib.contextmanager
-def real_streams():
-    """Bullet redirects file descriptors by the streams' names, which pytest's streams lack."""
-    with (
-        contextlib.redirect_stdout(sys.__stdout__),
-        contextlib.redirect_stderr(sys.__stderr__),
-    ):
-        yield
-        sys.stdout.flush()
+def ball(cache):
+    return prefine.make_env(BALL)
 
 
 def run(*texts):
     """``prefine.py`` with the flags of the texts, in this process; its exit code."""
-    with real_streams():
-        return prefine.main(" ".join(texts).split())
+    return prefine.main(" ".join(texts).split())
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -168,6 +142,7 @@ def censored_normal(mean, std, action, low, high):
     return torch.distributions.Normal(mean, std).log_prob(torch.tensor(action)).item()
 
 
+@fast
 @pytest.mark.parametrize("action", [-1.0, -0.999, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("mean", [-0.9, 0.2, 0.9])
 def test_log_prob_is_that_of_a_clipped_normal(action, mean):
@@ -179,6 +154,7 @@ def test_log_prob_is_that_of_a_clipped_normal(action, mean):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@fast
 @pytest.mark.parametrize(("mean", "std"), [(0.3, 0.8), (-0.95, 0.2), (0.0, 2.0)])
 def test_density_and_masses_on_the_bounds_add_up_to_1(mean, std):
     grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[:, None]
@@ -189,15 +165,7 @@ def test_density_and_masses_on_the_bounds_add_up_to_1(mean, std):
     assert (density + probability[0] + probability[-1]).item() == pytest.approx(1, abs=2e-4)
 
 
-def test_log_prob_agrees_with_the_frequencies_of_clipped_samples():
-    generator = torch.Generator().manual_seed(0)
-    samples = (0.4 + 0.7 * torch.randn(200_000, generator=generator)).clamp(-1, 1)
-    low, high, mean, std = (torch.tensor([x]) for x in (-1.0, 1.0, 0.4, 0.7))
-    for bound in low, high:
-        mass = prefine.gaussian_log_prob(mean, std, bound, low, high).exp().item()
-        assert (samples == bound).float().mean().item() == pytest.approx(mass, abs=0.004)
-
-
+@fast
 def test_infinite_bounds_are_a_plain_gaussian():
     mean, std, actions = torch.randn(5, 2), torch.rand(5, 2) + 0.1, 3 * torch.randn(5, 2)
     found = prefine.gaussian_log_prob(mean, std, actions, *INFINITE)
@@ -205,6 +173,7 @@ def test_infinite_bounds_are_a_plain_gaussian():
     torch.testing.assert_close(found, expected)
 
 
+@fast
 def test_log_prob_and_its_gradient_are_finite_even_far_in_the_tails():
     mean = torch.tensor([[0.999, -0.999]], requires_grad=True)
     log_std = torch.tensor([[-6.0, -6.0]], requires_grad=True)
@@ -214,6 +183,7 @@ def test_log_prob_and_its_gradient_are_finite_even_far_in_the_tails():
         assert value.isfinite().all() and all(g.isfinite().all() for g in gradients)
 
 
+@fast
 def test_mean_lies_in_the_space_and_std_within_its_bounds():
     low, high = np.array([-2.0, 0.0]), np.array([2.0, 1.0])
     policy = prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16], (-1.5, 0.5))
@@ -224,6 +194,7 @@ def test_mean_lies_in_the_space_and_std_within_its_bounds():
     assert (std <= half * math.exp(0.5) * 1.0001).all()
 
 
+@fast
 def test_policy_normalises_observations_itself():
     shifted = prefine.GaussianPolicy(*BOX, np.full(3, 5.0), np.full(3, 2.0), [16])
     plain = toy_policy()
@@ -235,11 +206,11 @@ def test_policy_normalises_observations_itself():
 def test_a_checkpoint_is_self_contained(tmp_path):
     low, high = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
     policy = prefine.GaussianPolicy(low, high, np.arange(3), np.full(3, 2.0), [8, 4], (-2, 1))
-    path = tmp_path / "policy.pt"
-    torch.save({"format": 1, "env": BALL, "state": policy.state_dict()}, path)
+    path, curve = tmp_path / "policy.pt", [{"update": 1, "losses/contrast": 0.5}]
+    prefine.save_policy(path, BALL, policy, curve)
     assert torch.load(path, weights_only=True)["env"] == BALL
-    loaded = prefine.load_policy(path, BALL)
-    assert same(policy, loaded)
+    loaded, again = prefine.load_policy(path, BALL)
+    assert same(policy, loaded) and again == curve
     observations = torch.randn(5, 3)
     assert all(torch.equal(a, b) for a, b in zip(policy(observations), loaded(observations)))
     with pytest.raises(prefine.UserError, match="OfflineBallRun"):
@@ -255,13 +226,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         prefine.load_policy(path)
 
 
-@pytest.mark.parametrize("content", [{}, {"format": 2}, [1], {"format": 1, "env": BALL}])
-def test_a_checkpoint_of_another_program_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "policy.pt")
-    with pytest.raises(prefine.UserError, match="policy.pt"):
-        prefine.load_policy(tmp_path / "policy.pt", BALL)
-
-
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Harm:
         def __reduce__(self):
@@ -273,35 +237,15 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_the_deterministic_actor_gives_the_mean_and_the_sampling_one_repeats_itself():
-    policy, observation = toy_policy(), np.array([0.1, -0.2, 0.3])
-    mean, std = policy(torch.tensor(observation).float())
-    act = prefine.policy_actor(policy, False, None, 0)
-    np.testing.assert_array_equal(act(observation), mean.detach().numpy())
-    draws = [
-        np.array([act(observation) for _ in range(2000)])
-        for act in (prefine.policy_actor(policy, True, None, seed) for seed in (3, 3, 4))
-    ]
-    np.testing.assert_array_equal(draws[0], draws[1])
-    assert not np.array_equal(draws[0], draws[2])
-    np.testing.assert_allclose(draws[0].std(0), std.detach().numpy(), rtol=0.1)
-
-
 # ------------------------------------------------------------- counterfactuals and the joint loss
+@fast
 def test_preference_loss_of_a_case_computed_by_hand():
     # margin = beta * 2 ln 3 = ln 3, sigmoid(ln 3) = 3/4, -log(3/4) / beta = 2 ln(4/3)
     winner, loser = torch.tensor([1 + 2 * math.log(3)]), torch.tensor([1.0])
     assert prefine.preference_loss(winner, loser, 0.5).item() == pytest.approx(0.57536414)
 
 
-@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
-def test_preference_loss_is_the_softplus_of_the_negative_margin(beta):
-    winner, loser = np.random.default_rng(0).normal(size=(2, 50))
-    expected = np.log1p(np.exp(-beta * (winner - loser))) / beta
-    found = prefine.preference_loss(torch.tensor(winner), torch.tensor(loser), beta)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
-
-
+@fast
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
 def test_slope_at_equality_is_one_half_whatever_beta(beta):
     winner = torch.tensor(0.7, requires_grad=True)
@@ -310,239 +254,84 @@ def test_slope_at_equality_is_one_half_whatever_beta(beta):
     assert [slope.item() for slope in slopes] == pytest.approx([-0.5, 0.5])
 
 
-def test_a_loss_and_its_opposite_differ_by_the_margin():
-    winner, loser = torch.randn(2, 20)
-    right = prefine.preference_loss(winner, loser, 0.3)
-    wrong = prefine.preference_loss(loser, winner, 0.3)
-    torch.testing.assert_close(wrong - right, winner - loser)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.5])
-def test_label_smoothing_mixes_the_loss_with_its_opposite(smoothing):
-    winner, loser = torch.randn(2, 20)
-    right, wrong = (prefine.preference_loss(*x, 0.3) for x in ((winner, loser), (loser, winner)))
-    found = prefine.preference_loss(winner, loser, 0.3, smoothing)
-    torch.testing.assert_close(found, (1 - smoothing) * right + smoothing * wrong)
-
-
-def distributions(seed=0):
-    """Mean and std [6, 2] of a policy and of a reference, and actions [6, 2] in the same states."""
+def gaussians(seed=0):
+    """(mean, std) [6, 2] of a policy and of a reference, and actions [6, 2] in the same states."""
     generator = torch.Generator().manual_seed(seed)
-    means, actions = 0.5 * torch.randn(2, 6, 2, generator=generator), torch.rand(6, 2)
-    stds = 0.2 + torch.rand(2, 6, 2, generator=generator)
+    means = torch.rand((2, 6, 2), generator=generator) - 0.5
+    stds = torch.rand((2, 6, 2), generator=generator) + 0.2
+    actions = (torch.rand((6, 2), generator=generator) * 2 - 1).clamp(-1, 1)
     return (means[0], stds[0]), (means[1], stds[1]), actions
 
 
-def test_log_ratios_are_0_where_the_policy_is_its_reference():
-    now, _, actions = distributions()
-    h, c = prefine.log_ratios(now, now, actions, *BOX, torch.randn(3, 6, 2))
-    assert (h == 0).all() and (c == 0).all()
+@fast
+def test_the_log_ratio_is_the_difference_of_log_probs_and_0_for_the_reference():
+    policy, reference, actions = gaussians()
+    expected = sum(
+        torch.distributions.Normal(*policy).log_prob(actions)
+        - torch.distributions.Normal(*reference).log_prob(actions)
+    ).sum()
+    found = prefine.log_ratio(policy, reference, actions, *INFINITE)
+    assert found.shape == (6,) and found.sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (prefine.log_ratio(reference, reference, actions, *BOX) == 0).all()
 
 
-def test_log_ratio_of_the_taken_action_is_the_difference_of_log_probs():
-    now, before, actions = distributions()
-    h, _ = prefine.log_ratios(now, before, actions, *BOX, torch.randn(1, 6, 2))
-    normal = torch.distributions.Normal
-    expected = normal(*now).log_prob(actions) - normal(*before).log_prob(actions)
-    torch.testing.assert_close(h, expected.sum(-1))
+@fast
+def test_samples_are_those_of_the_clipped_gaussian_and_carry_no_gradient():
+    mean = torch.tensor([0.9, -0.2]).expand(50_000, 2).clone().requires_grad_(True)
+    std = torch.full((50_000, 2), 0.5)
+    samples = prefine.sample_actions(mean, std, *BOX, torch.Generator().manual_seed(0))
+    assert not samples.requires_grad and samples.abs().max() <= 1
+    mass = prefine.gaussian_log_prob(mean[0, :1], std[0, :1], BOX[1][:1], *(x[:1] for x in BOX))
+    assert (samples[:, 0] == 1).float().mean().item() == pytest.approx(mass.exp().item(), abs=0.01)
+    again = prefine.sample_actions(mean, std, *BOX, torch.Generator().manual_seed(0))
+    assert torch.equal(samples, again)
 
 
-def test_counterfactuals_depend_on_the_states_alone_and_not_on_the_actions_taken():
-    now, before, actions = distributions()
-    noise = torch.randn(2, 6, 2)
-    h, c = prefine.log_ratios(now, before, actions, *BOX, noise)
-    other_h, other_c = prefine.log_ratios(now, before, -actions, *BOX, noise)
-    assert torch.equal(c, other_c) and not torch.equal(h, other_h)
-    # A permutation of the states permutes the counterfactuals: each belongs to its own state.
-    order = torch.tensor([3, 1, 4, 0, 5, 2])
-    now, before = ([part[order] for part in pair] for pair in (now, before))
-    _, permuted = prefine.log_ratios(now, before, actions, *BOX, noise[:, order])
-    assert torch.equal(permuted, c[order])
+@fast
+@pytest.mark.parametrize(("share", "cap"), [(0.15, False), (0.5, False), (0.05, True)])
+def test_return_weights_leave_the_effective_sample_size_or_stop_at_three(share, cap):
+    returns = np.random.default_rng(0).normal(100, 20, 40)
+    weights = prefine.return_weights(returns, share)
+    size = 1 / weights.square().sum().item()
+    assert weights.sum().item() == pytest.approx(1)
+    assert (np.argsort(weights.numpy()) == np.argsort(returns)).all()
+    if cap:  # the exponent of the softmax is 3 returns in standard deviations at most
+        expected = np.exp(3 * (returns - returns.max()) / returns.std())
+        np.testing.assert_allclose(weights.numpy(), expected / expected.sum(), rtol=1e-6)
+        assert size > share * 40
+    else:
+        assert size == pytest.approx(share * 40, rel=1e-6)
 
 
-@pytest.mark.parametrize("source", ("current", "reference"))
-def test_counterfactuals_are_sampled_from_the_policy_asked_for(source):
-    now, before, actions = distributions()
-    noise = torch.randn(1, 6, 2)
-    _, c = prefine.log_ratios(now, before, actions, *BOX, noise, source)
-    mean, std = now if source == "current" else before
-    sample = (mean + std * noise[0]).clamp(-1, 1)
-    expected, _ = prefine.log_ratios(now, before, sample, *BOX, noise)
-    torch.testing.assert_close(c, expected)
+@fast
+def test_return_weights_are_equal_for_a_share_of_1_one_trajectory_or_equal_returns():
+    for returns, share in (np.arange(5.0), 1.0), (np.ones(1), 0.15), (np.full(7, 3.0), 0.15):
+        weights = prefine.return_weights(returns, share).numpy()
+        np.testing.assert_allclose(weights, 1 / len(returns), rtol=1e-6)
 
 
-def test_several_counterfactuals_are_averaged():
-    now, before, actions = distributions()
-    noise = torch.randn(4, 6, 2)
-    _, c = prefine.log_ratios(now, before, actions, *BOX, noise)
-    each = [prefine.log_ratios(now, before, actions, *BOX, noise[k : k + 1])[1] for k in range(4)]
-    torch.testing.assert_close(c, torch.stack(each).mean(0))
+def two_behaviours(wrong=1):
+    """Trajectories of two behaviours, 8 of each; ``wrong`` of those called preferred are of the
+    dispreferred kind."""
+    dataset = toy_dataset(episodes=16, steps=30)
+    preferred, dispreferred = list(range(0, 16, 2)), list(range(1, 16, 2))
+    labels = {"preferred": preferred[wrong:] + dispreferred[:wrong]}
+    return dataset, labels | {"dispreferred": dispreferred[wrong:] + preferred[:wrong]}
 
 
-def test_no_gradient_flows_through_a_sample():
-    (mean, std), before, actions = distributions()
-    mean.requires_grad_()
-    noise = torch.randn(1, 6, 2)
-    _, c = prefine.log_ratios((mean, std), before, actions, *INFINITE, noise)
-    (found,) = torch.autograd.grad(c.sum(), mean)
-    # d log N(x; m, s) / dm = (x - m) / s^2 = noise / s; through the sample it would cancel out.
-    torch.testing.assert_close(found, noise[0] / std)
+@fast
+def test_a_wrong_label_looks_dispreferred_and_a_right_one_does_not():
+    dataset, labels = two_behaviours()
+    shares = prefine.dispreferred_shares(dataset, labels)
+    assert shares.shape == (8,) and shares[-1] > 0.6 and (shares[:-1] < 0.4).all()
 
 
-def loss_inputs(segments=5, steps=3):
-    generator = torch.Generator().manual_seed(1)
-    good, good_c, bad, bad_c = torch.randn(4, segments, generator=generator)
-    numbers = torch.rand(2, 2, 2 * segments, steps, 2, generator=generator) + 0.1
-    w = torch.rand(segments, generator=generator)
-    v = torch.arange(segments) % 2.0
-    return (good, good_c), (bad, bad_c), [(mean, std) for mean, std in numbers], (w, v)
-
-
-def expected_terms(inputs, beta):
-    """The terms of the joint loss, from their formulas, in numpy."""
-    parts = ([x.numpy() for x in part] for part in (*inputs[:2], *inputs[2], inputs[3]))
-    (good, good_c), (bad, bad_c), (mean, std), (other_mean, other_std), (w, v) = parts
-    ratio = std**2 / other_std**2
-    kl = ((mean - other_mean) ** 2 / other_std**2 + ratio - 1 - np.log(ratio)).sum(-1) / 2
-
-    def loss(margin):
-        return np.log1p(np.exp(-beta * margin)) / beta
-
-    return {
-        "contrast_preferred": (w * loss(good - good_c)).mean(),
-        "contrast_dispreferred": (v * loss(bad_c - bad)).mean(),
-        "contrast_pair": loss(good - bad).mean(),
-        "imitation": (-w * good).mean(),
-        "kl": kl.mean(),
-    }
-
-
-NO_TERM = "--contrast-preferred 0 --contrast-dispreferred 0 --imitation 0 "
-NAMES = ["contrast_preferred", "contrast_dispreferred", "contrast_pair", "imitation", "kl"]
-ALONE = {name: f"{NO_TERM} --{name.replace('_', '-')} 1" for name in NAMES}
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_each_term_of_the_joint_loss_agrees_with_its_formula(name):
-    inputs = loss_inputs()
-    terms = prefine.joint_loss(*inputs, flags(f"{ALONE[name]} --beta 0.3"))
-    assert list(terms) == [name]  # those of weight 0 are left out
-    assert terms[name].item() == pytest.approx(expected_terms(inputs, 0.3)[name], rel=1e-5)
-
-
-def test_the_kl_of_a_policy_to_itself_is_0():
-    sums, weights = loss_inputs()[:2], loss_inputs()[3]
-    mean, std, _ = torch.rand(3, 10, 3, 2) + 0.1
-    terms = prefine.joint_loss(*sums, [(mean, std)] * 2, weights, flags(ALONE["kl"]))
-    assert abs(terms["kl"].item()) < 1e-6
-
-
-def test_the_bias_of_cpl_scales_the_loser_of_a_pair_and_no_counterfactual():
-    inputs = loss_inputs()
-    (good, _), (bad, bad_c) = inputs[:2]
-    text = "--method cpl --bias 0.25 --beta 0.3 --contrast-dispreferred 1"
-    terms = prefine.joint_loss(*inputs, flags(text))
-    expected = prefine.preference_loss(good, 0.25 * bad, 0.3).mean()
-    torch.testing.assert_close(terms["contrast_pair"], expected)
-    expected = (inputs[3][1] * prefine.preference_loss(bad_c, bad, 0.3)).mean()
-    torch.testing.assert_close(terms["contrast_dispreferred"], expected)
-
-
-def test_the_joint_loss_is_the_weighted_sum_of_its_terms():
-    inputs = loss_inputs()
-    weights = dict(zip(ALONE, (2.0, 0.5, 0.25, 3.0, 0.1)))
-    text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in weights.items())
-    expected = expected_terms(inputs, 0.3)
-    total = sum(prefine.joint_loss(*inputs, flags(f"{text} --beta 0.3")).values()).item()
-    assert total == pytest.approx(sum(weights[k] * expected[k] for k in weights), rel=1e-5)
-
-
-@pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
-def test_a_segment_is_contrasted_by_the_discounted_sum_of_its_steps(monkeypatch, discount):
-    ratios, sums = (recorded(monkeypatch, name) for name in ("log_ratios", "joint_loss"))
-    text = SMALL + f"--finetune-updates 2 --segment 5 --discount {discount}"
-    prefine.finetune(toy_policy(), toy_dataset(), toy_preferences(), flags(text))
-    (_, (h, c)), (((good, good_c), (bad, bad_c), *_), _) = ratios[1], sums[1]
-    assert h.shape == c.shape == (32, 5) and h.abs().max() > 0
-    for found, steps in (torch.cat([good, bad]), h), (torch.cat([good_c, bad_c]), c):
-        torch.testing.assert_close(found, sum(discount**t * steps[:, t] for t in range(5)))
-
-
-@pytest.mark.parametrize("preferred", [2, 3, 4])
-def test_v_is_the_weight_of_the_nearest_other_episode_in_standard_deviations(preferred):
-    rng = np.random.default_rng(0)
-    lengths, w = [30, 40, 25, 50, 35], [0.5, 1.5, 0.8, 1.2][:preferred]
-    episodes = [rng.normal(e % 3, 1, (n, 4)) * [1, 100, 0, 1e-3] for e, n in enumerate(lengths)]
-    states = [torch.as_tensor(x + [0, 1e4, 9.81, 0], dtype=torch.float32) for x in episodes]
-    scale, expected = np.concatenate(episodes).std(0) + [0, 0, 1, 0], []
-    counts = preferred, 5 - preferred
-    balance = {2: 1, 3: 2 / 3, 4: 1 / 4}[preferred]  # D / P, where fewer are dispreferred
-    for i in range(preferred, 5):
-        points, weights = [], []
-        for j in [j for j in range(5) if j != i]:
-            n = math.ceil(20 / counts[j >= preferred])  # 20 of each label
-            points.append(episodes[j][np.linspace(0, lengths[j] - 1, n).astype(int)])
-            weights += [balance * w[j] if j < preferred else 0.0] * n
-        distances = (episodes[i][:, None] - np.concatenate(points)) / scale
-        expected += [weights[j] for j in (distances**2).sum(-1).argmin(1)]
-    found = prefine.nearest_weights(states, torch.tensor(w), n=20).tolist()
-    close = np.isclose(found, expected, rtol=1e-6)
-    assert close.mean() > 0.98  # but for ties within rounding
-    possible = {round(balance * x, 5) for x in w} | ({0.0} if preferred < 4 else set())
-    assert {round(x, 5) for x in found} == possible
-
-
-@pytest.mark.parametrize("flag", ["", "--all-dispreferred"])
-def test_states_weigh_w_and_v_in_the_joint_loss(monkeypatch, flag):
-    dataset, preferences = toy_dataset(), toy_preferences()
-    ratios, terms = (recorded(monkeypatch, name) for name in ("log_ratios", "joint_loss"))
-    text = SMALL + f"--finetune-updates 20 --segment 2 {flag}"
-    prefine.finetune(toy_policy(), dataset, preferences, flags(text))
-    taken = torch.cat([inputs[2] for inputs, _ in ratios[:20]])  # then come those of the curve
-    weights = torch.cat([torch.cat(inputs[3]) for inputs, _ in terms])
-    episodes = preferences["preferred"] + preferences["dispreferred"]
-    rows = dataset.rows(episodes)
-    # No two actions are the same, so an action tells its row.
-    index = torch.cdist(taken, dataset.actions[rows]).argmin(-1)
-    returns = torch.from_numpy(dataset.sums(dataset.rewards))[episodes[:4]]
-    w = 4 * torch.softmax(3 * returns / returns.std(correction=0), 0).float()
-    v = prefine.nearest_weights(dataset.observations[rows].split(10), w)
-    assert len(set(v.tolist())) == 5  # each preferred episode is the nearest somewhere, or none is
-    expected = torch.cat([w.repeat_interleave(10), torch.ones(40) if flag else v])
-    torch.testing.assert_close(weights, expected[index].mean(1))
-
-
-def test_dispreferred_actions_are_unlearnt_only_where_preferred_trajectories_go():
-    dataset = toy_dataset()
-    dataset.observations[dataset.rows([1, 3, 5, 7])] += 20  # all that is dispreferred
-    text = SMALL + "--finetune-updates 20 --contrast-preferred 0 --imitation 0 "
-    for flag in "", "--all-dispreferred":
-        before = toy_policy()
-        after, _ = prefine.finetune(before, dataset, toy_preferences(), flags(text + flag))
-        assert same(before, after) == (flag == "")
-
-
-@pytest.mark.parametrize(
-    ("term", "sign"), [("contrast_preferred", 1), ("contrast_dispreferred", -1)]
-)
-def test_the_gradient_raises_preferred_and_lowers_dispreferred_actions(term, sign):
-    policy = toy_policy()
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(64, 1, 3, generator=generator)
-    actions = torch.rand(64, 1, 2, generator=generator) - 0.5
-    noise = torch.randn(64, 64, 1, 2, generator=generator)
-    now = policy(states)
-    known = [x.detach() for x in now]
-    pair = prefine.log_ratios(now, known, actions, *BOX, noise)
-    before = prefine.gaussian_log_prob(*now, actions, *BOX)
-    ones = torch.ones(64, 1)
-    terms = prefine.joint_loss(pair, pair, (now, known), (ones, ones), flags(ALONE[term]))
-    terms[term].backward()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter -= 0.01 * parameter.grad
-        after = prefine.gaussian_log_prob(*policy(states), actions, *BOX)
-    assert sign * (after.mean() - before.mean()).item() > 1e-4
+@fast
+def test_a_single_preferred_trajectory_is_kept_whatever_it_looks_like(capsys):
+    dataset, labels = two_behaviours()
+    labels["preferred"] = labels["preferred"][-1:]  # the wrong one
+    aligned, _ = prefine.finetune(toy_policy(), dataset, labels, flags(FINETUNE))
+    assert not same(aligned, toy_policy()) and "left out" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ preferences
@@ -568,7 +357,7 @@ def test_the_draw_depends_on_the_seed_and_is_random_within_a_side():
 @pytest.mark.parametrize(("flag", "counts"), [("preferred", (4, 1)), ("dispreferred", (1, 8))])
 def test_too_few_trajectories_are_an_error_with_the_flag_and_the_counts(flag, counts):
     costs = np.array([0, 5, 10] + 7 * [11.0])
-    have = {"preferred": "3 of 10", "dispreferred": "7 of 10"}[flag]
+    have = {"preferred": "found 3 .*of 10", "dispreferred": "found 7 .*of 10"}[flag]
     with pytest.raises(prefine.UserError, match=f"--{flag} {max(counts)}.*{have}.*--cost-limit"):
         prefine.draw_preferences(costs, 10, *counts, 0)
 
@@ -577,6 +366,16 @@ def write_preferences(path, rows, header=("episode", "label")):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
+
+
+def test_a_share_of_wrong_labels_is_on_the_other_side():
+    costs = np.repeat([0.0, 50.0], 100)
+    sets = prefine.draw_preferences(costs, 10, 40, 20, 0, wrong=0.1)
+    assert (costs[sets["preferred"]] > 10).sum() == 2  # those that should be dispreferred
+    assert (costs[sets["dispreferred"]] <= 10).sum() == 4
+    assert (len(sets["preferred"]), len(sets["dispreferred"])) == (38, 22)
+    for label, side in ("preferred", costs <= 10), ("dispreferred", costs > 10):
+        assert side[sets[f"heldout_{label}"]].all()
 
 
 def test_preferences_read_from_a_file_are_those_written(tmp_path):
@@ -589,47 +388,39 @@ def test_preferences_read_from_a_file_are_those_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("text", "sentence"),
     [
-        ("2", "good"),
-        ("8", "preferred"),
-        ("-1", "preferred"),
-        ("x", "preferred"),
-        ("3",),
-        ("3", "dispreferred"),
-        ("1.5", "preferred"),
-        ("", "preferred"),
-        ("2", ""),
+        ("episode,label\n3,preferred\n\n\n2,good\n", "line 5: needs the label .*found 'good'"),
+        ("episode,label\n8,preferred\n", "line 2: needs an episode from 0 to 7; found '8'"),
+        ("episode,label\n-1,preferred\n", "line 2: needs an episode.*'-1'"),
+        ("episode,label\n1.5,preferred\n", "line 2: needs an episode.*'1.5'"),
+        ("episode,label\n,preferred\n", "line 2: needs an episode.*''"),
+        ("episode,label\n3,preferred\n3,dispreferred\n", "line 3: episode 3 has a label already"),
+        ("episode,label\n0,\n", "line 2: the label of episode 0 is not filled in: write"),
+        ("episode,label\n0\n", "line 2: the label of episode 0 is not filled in: write"),
+        ("id,label\n0,preferred\n", r"name the columns episode and label; found \['id', 'label'\]"),
+        ("0,preferred\n1,dispreferred\n", "its first line must name the columns"),
+        ("", r"its first line must name the columns.*found \[\]"),
+        ("episode,label\n3,preferred\n", "no trajectory is dispreferred; both labels are needed"),
     ],
 )
-def test_a_bad_line_of_preferences_is_named_by_its_number(tmp_path, row):
-    rows = [(3, "preferred"), (0, "dispreferred"), row]
-    with pytest.raises(prefine.UserError, match=r"labels.csv, line 4"):
-        prefine.read_preferences(write_preferences(tmp_path / "labels.csv", rows), 8)
-
-
-def test_preferences_need_both_columns_and_both_labels(tmp_path):
+def test_a_mistake_in_a_label_file_is_named_with_its_line(tmp_path, text, sentence):
     path = tmp_path / "labels.csv"
-    with pytest.raises(prefine.UserError, match="line 2"):
-        prefine.read_preferences(write_preferences(path, [(3, "preferred")], ["id", "label"]), 8)
-    with pytest.raises(prefine.UserError, match="both labels"):
-        prefine.read_preferences(write_preferences(path, [(3, "preferred")]), 8)
+    path.write_text(text)
+    with pytest.raises(prefine.UserError, match=f"labels.csv.*{sentence}"):
+        prefine.read_preferences(path, 8)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00episode\n1,2\n", b"x" * 200_000, None])
-def test_a_file_that_is_no_csv_gives_one_sentence_that_names_it(content, swimmer, tmp_path, capfd):
+def test_spaces_capitals_and_more_columns_do_not_matter(tmp_path):
     path = tmp_path / "labels.csv"
-    if content is not None:
-        path.write_bytes(content)
-    line = f"--dataset {swimmer[0]} --preferences {path} --run-dir {tmp_path / 'run'}"
-    assert run(SWIMMER_RUN, line) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and str(path) in error
+    path.write_text("Episode, Label ,why\n 3 , Preferred,good\n\n0,DISPREFERRED ,\n")
+    expected = {"preferred": [3], "dispreferred": [0]}
+    assert prefine.read_preferences(path, 8) == expected
 
 
 # --------------------------------------------------------------------- pre-training, fine-tuning
 PRETRAIN = SMALL + "--pretrain-updates 250"
-FINETUNE = SMALL + "--finetune-updates 250 --kl 0.1 --contrast-pair 0.5"
+FINETUNE = SMALL + "--finetune-updates 250 --pair 0.5"
 
 
 def without(dataset, costs):
@@ -639,6 +430,7 @@ def without(dataset, costs):
     return dataset._replace(costs=changed[costs])
 
 
+@fast
 @pytest.mark.parametrize("costs", ["permuted", "nan", "none"])
 def test_training_never_reads_a_cost(costs):
     dataset, policy = toy_dataset(), toy_policy()
@@ -649,45 +441,79 @@ def test_training_never_reads_a_cost(costs):
     assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
+@fast
 def test_pretraining_imitates_the_best_episodes_by_return():
     dataset = toy_dataset(episodes=10, steps=100)
-    best = dataset.rows([2, 5])
     dataset.rewards[:], dataset.actions[:] = 0, -0.4
-    dataset.rewards[best] = 1
     generator = torch.Generator().manual_seed(0)
-    dataset.actions[best] = 0.5 + 0.3 * torch.randn(200, 2, generator=generator)
+    for episode in (2, 5):
+        rows = slice(dataset.starts[episode], dataset.ends[episode])
+        dataset.rewards[rows] = 1
+        dataset.actions[rows] = 0.5 + 0.3 * torch.randn(100, 2, generator=generator)
     dataset.actions.clamp_(-1, 1)
     text = "--hidden 16 --pretrain-top 0.2 --pretrain-updates 800 --pretrain-lr 0.01"
     policy, curve = prefine.pretrain(dataset, BOX_SPACE, flags(text))
-    mean, std = policy(dataset.observations[best])
+    mean, std = policy(dataset.steps([2, 5])[0])
     torch.testing.assert_close(mean.mean(0), torch.full((2,), 0.5), atol=0.08, rtol=0)
     torch.testing.assert_close(std.mean(0), torch.full((2,), 0.3), atol=0.08, rtol=0)
-    assert curve[-1]["losses/imitation"] < curve[0]["losses/imitation"]
+    assert [row["update"] for row in curve] == list(range(100, 801, 100))
 
 
-def test_a_constant_observation_does_not_divide_by_zero():
-    dataset = toy_dataset()
-    dataset.observations[:, 1] = 7.0
-    policy, _ = prefine.pretrain(dataset, BOX_SPACE, flags(PRETRAIN))
-    assert all(value.isfinite().all() for value in policy.state_dict().values())
-    assert policy(torch.tensor([0.0, 7.5, 0.0]))[0].isfinite().all()
-    dataset.observations[:] = 7.0  # all of them
-    aligned, _ = prefine.finetune(policy, dataset, toy_preferences(), flags(FINETUNE))
-    assert all(value.isfinite().all() for value in aligned.state_dict().values())
+@fast
+def test_one_update_is_a_step_of_adam_on_the_loss_of_the_docstring():
+    dataset, policy, labels = toy_dataset(), toy_policy(), toy_preferences()
+    text = "--finetune-updates 1 --finetune-lr 0.01 --batch-size 64 --beta 2 --imitation 0.7"
+    aligned, curve = prefine.finetune(policy, dataset, labels, flags(text))
+    # Again, from the formulas: batch, counterfactuals, loss, gradient, the first step of Adam.
+    generator = torch.Generator().manual_seed(0)
+    states, actions = dataset.steps(labels["preferred"])
+    returns = dataset.sums(dataset.rewards)[labels["preferred"]]
+    weights = prefine.return_weights(returns, 0.15).repeat_interleave(10).float()
+    batch = torch.multinomial(weights, 64, True, generator=generator)
+    mean, std = (x.detach() for x in policy(states[batch]))
+    c = (mean + std * torch.randn(mean.shape, generator=generator)).clamp(-1, 1)
+    mine = toy_policy()
+
+    def h(a):
+        now = prefine.gaussian_log_prob(*mine(states[batch]), a, *BOX)
+        return now - prefine.gaussian_log_prob(mean, std, a, *BOX)
+
+    margin = 2 * (h(actions[batch]) - h(c))
+    loss = (torch.log1p(torch.exp(-margin)) / 2 - 0.7 * h(actions[batch])).mean()
+    parameters = list(mine.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    for before, gradient, after in zip(parameters, gradients, aligned.parameters()):
+        step = before - 0.01 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after, step, atol=1e-4, rtol=0)
+    assert curve[0]["losses/contrast"] == pytest.approx(math.log(2) / 2, rel=1e-5)
+    assert curve[0]["losses/imitation"] == pytest.approx(0, abs=1e-6)
 
 
-def test_finetuning_moves_towards_preferred_and_away_from_dispreferred_actions():
+@fast
+@pytest.mark.parametrize("term", ["contrast", "imitation", "pair"])
+def test_each_term_alone_raises_the_preferred_actions_above_what_it_is_compared_with(term):
+    weights = {"contrast": 0, "imitation": 0, "pair": 0} | {term: 1}
+    text = SMALL + "--finetune-updates 100 " + " ".join(f"--{k} {v}" for k, v in weights.items())
+    dataset, policy, labels = toy_dataset(), toy_policy(), toy_preferences()
+    aligned, _ = prefine.finetune(policy, dataset, labels, flags(text))
+    accuracies = prefine.preference_metrics(aligned, policy, dataset, labels)
+    other = {"pair": "dispreferred"}.get(term, "counterfactual")
+    assert accuracies[f"accuracy/heldout/preferred_{other}"] == 1
+
+
+@fast
+def test_finetuning_moves_towards_the_preferred_actions_and_ranks_what_was_held_out():
     dataset, policy = toy_dataset(), toy_policy()
     aligned, curve = prefine.finetune(policy, dataset, toy_preferences(), flags(FINETUNE))
     moved = (aligned(dataset.observations)[0] - policy(dataset.observations)[0]).mean(0)
     assert (moved > 0.05).all()  # preferred episodes go right, dispreferred ones left
+    assert [row["update"] for row in curve] == [100, 200, 250]
     for split in "train", "heldout":
         for pair in "preferred_counterfactual", "preferred_dispreferred":
-            assert curve[-1][f"margin/{split}/{pair}"] > 0
             assert curve[-1][f"accuracy/{split}/{pair}"] > 0.9
-        assert curve[-1][f"kl/{split}"] > 0
 
 
+@fast
 def test_the_reference_is_frozen():
     policy = toy_policy()
     before = {key: value.clone() for key, value in policy.state_dict().items()}
@@ -696,12 +522,30 @@ def test_the_reference_is_frozen():
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_no_update_leaves_the_policy_as_it_is():
-    policy, text = toy_policy(), SMALL + "--finetune-updates 0"
-    aligned, curve = prefine.finetune(policy, toy_dataset(), toy_preferences(), flags(text))
-    assert same(policy, aligned) and curve == []
+@fast
+@pytest.mark.parametrize("text", ["--finetune-updates 0", "--contrast 0 --imitation 0"])
+def test_no_update_and_no_weight_leave_the_policy_as_it_is(text):
+    policy, arguments = toy_policy(), flags(SMALL + "--finetune-updates 20 " + text)
+    aligned, _ = prefine.finetune(policy, toy_dataset(), toy_preferences(), arguments)
+    assert same(policy, aligned)
 
 
+@fast
+def test_the_learning_rate_decays_in_every_update(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def recorded(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    text = flags(SMALL + "--finetune-updates 50 --finetune-lr 0.01")
+    prefine.finetune(toy_policy(), toy_dataset(), toy_preferences(), text)
+    expected = [0.005 * (1 + math.cos(math.pi * update / 50)) for update in range(50)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+@fast
 def test_training_is_deterministic_bit_for_bit_and_depends_on_the_seed():
     dataset, policy = toy_dataset(), toy_policy()
     runs = []
@@ -714,29 +558,19 @@ def test_training_is_deterministic_bit_for_bit_and_depends_on_the_seed():
         assert same(one, again) and not same(one, other)
 
 
+@fast
 @pytest.mark.parametrize(
-    "text",
-    [
-        "--segment 5",
-        "--counterfactual reference",
-        "--counterfactuals 3",
-        *(f"--method {name}" for name in prefine.METHODS if name != "cpl"),
-        "--method cpl --segment 5",
-    ],
+    "text", ["--counterfactual current", *(f"--method {name}" for name in prefine.METHODS)]
 )
 def test_every_variant_of_the_method_trains(text):
     dataset, policy = toy_dataset(), toy_policy()
     arguments = flags(SMALL + "--finetune-updates 20 " + text)
     aligned, curve = prefine.finetune(policy, dataset, toy_preferences(), arguments)
     assert not same(policy, aligned) and curve[-1]["update"] == 20
-    assert all(math.isfinite(value) for key, value in curve[-1].items() if "losses" in key)
+    assert all(math.isfinite(value) for value in curve[-1].values())
 
 
-def test_a_segment_longer_than_an_episode_is_refused():
-    with pytest.raises(prefine.UserError, match="--segment 11.* 10 steps"):
-        prefine.finetune(toy_policy(), toy_dataset(), toy_preferences(), flags("--segment 11"))
-
-
+@fast
 def test_a_policy_that_is_no_policy_of_ours_can_be_finetuned():
     class Plain(torch.nn.Module):
         def __init__(self):
@@ -753,21 +587,28 @@ def test_a_policy_that_is_no_policy_of_ours_can_be_finetuned():
     assert all(parameter.isfinite().all() for parameter in aligned.parameters())
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_names_it_and_the_last_good_state(tmp_path):
-    policy, path = torch.nn.Linear(1, 1), tmp_path / "state.pt"
-
-    def sample(n, options):
-        return [torch.randint(0, 2, (n,), **options), torch.arange(n)]
-
-    def losses(_, step):
-        broken = step == 50 and path.exists()  # in the second chunk
-        return {"broken": policy.weight.sum() * (math.nan if broken else 1.0)}
-
-    sentence = f"finetune: losses/broken.* not finite in updates 100 to 200.*{path}"
+@fast
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ({}, "no trajectory is preferred"),
+        ({"preferred": [0], "dispreferred": []}, "no trajectory is dispreferred"),
+        ({"preferred": [0, 12], "dispreferred": [1]}, "a preferred one is not among the 12"),
+        ({"preferred": [0], "dispreferred": [-1]}, "a dispreferred one is not among the 12"),
+    ],
+)
+def test_labels_from_python_are_refused_in_words(labels, sentence):
     with pytest.raises(prefine.UserError, match=sentence):
-        prefine.optimise("finetune", policy, sample, losses, flags(), path)
-    weights = torch.load(path, weights_only=True)[0]
-    assert all(value.isfinite().all() for value in weights.values())
+        prefine.finetune(toy_policy(), toy_dataset(), labels, flags(FINETUNE))
+
+
+@fast
+def test_a_loss_that_is_not_finite_is_an_error_that_names_it():
+    policy = toy_policy()
+    torch.nn.init.constant_(policy.net[0].weight, math.nan)
+    with pytest.raises(prefine.UserError, match="update 20: losses/contrast.*not finite"):
+        text = flags(SMALL + "--finetune-updates 20")
+        prefine.finetune(policy, toy_dataset(), toy_preferences(), text)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -782,7 +623,10 @@ def test_a_data_set_is_cut_into_episodes_at_terminals_and_timeouts(tmp_path, bal
         np.testing.assert_array_equal(getattr(dataset, key).numpy(), arrays[key][:40])
     sums = [arrays["costs"][a:b].sum() for a, b in ((0, 5), (5, 20), (20, 40))]
     np.testing.assert_allclose(dataset.sums(dataset.costs), sums)
-    assert dataset.rows([2, 0]).tolist() == [*range(20, 40), *range(5)]
+    states, actions = dataset.steps([2, 0])
+    rows = [*range(20, 40), *range(5)]
+    np.testing.assert_array_equal(states, arrays["observations"][rows])
+    np.testing.assert_array_equal(actions, arrays["actions"][rows])
 
 
 def equal(one, other):
@@ -796,6 +640,38 @@ def test_other_shapes_and_types_of_the_same_numbers_load_the_same(tmp_path, ball
     doubles = {k: v.astype(np.float64) for k, v in arrays.items()}
     for name, other in ("columns", columns), ("doubles", doubles):
         assert equal(prefine.load_dataset(write_hdf5(tmp_path / name, other), ball), plain)
+        del other["next_observations"]
+        assert equal(prefine.make_dataset(**other)[2:], plain[2:])  # and so does Python
+
+
+def test_an_array_that_was_never_written_reads_as_zeros(tmp_path, ball):
+    import h5py
+
+    path = write_hdf5(tmp_path / "data.hdf5", small_arrays())
+    with h5py.File(path, "a") as file:
+        del file["terminals"]
+        file.create_dataset("terminals", (ROWS,), bool)  # no episode ended early: nobody wrote it
+        assert file["terminals"].id.get_storage_size() == 0
+    assert prefine.load_dataset(path, ball).ends.tolist() == [20, 40, 60]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("rewards", lambda x: x[:-1], "'rewards' has 59 rows, 'observations' has 60"),
+        ("rewards", lambda x: np.stack([x, x], 1), r"'rewards' must.*\(N,\).*\(60, 2\)"),
+        ("timeouts", lambda x: None, "'timeouts' must be numbers.*found object"),
+        ("observations", lambda x: x[:, 0], r"'observations' must.*\(N, width\)"),
+        ("costs", lambda x: -1 - x, "'costs' has negative values"),
+        ("actions", lambda x: x * math.nan, "'actions' has values that are not finite"),
+        ("timeouts", np.zeros_like, "no episode has an end"),
+    ],
+)
+def test_python_refuses_arrays_in_the_words_of_the_command_line(name, change, sentence):
+    arrays = small_arrays()
+    del arrays["next_observations"]
+    with pytest.raises(prefine.UserError, match=sentence):
+        prefine.make_dataset(**arrays | {name: change(arrays[name])})
 
 
 def test_next_observations_and_costs_are_read_only_where_needed(tmp_path, ball):
@@ -809,13 +685,6 @@ def test_next_observations_and_costs_are_read_only_where_needed(tmp_path, ball):
     assert dataset.costs is None and equal(dataset[:3], plain[:3])
     with pytest.raises(prefine.UserError, match="costs"):
         prefine.load_dataset(path, ball)
-
-
-def test_actions_just_outside_the_space_are_clipped_to_it(tmp_path, ball):
-    arrays = small_arrays()
-    arrays["actions"][0] = [1.5, -1.5]
-    dataset = prefine.load_dataset(write_hdf5(tmp_path / "data.hdf5", arrays), ball)
-    assert dataset.actions[0].tolist() == [1.0, -1.0]
 
 
 def replace(key, change):
@@ -914,70 +783,55 @@ def cut_checkpoint(path):
     policy.write_bytes(policy.read_bytes()[:-500])
 
 
-def labels(text):
-    """A --preferences file with this text."""
+def minari(path):
+    import h5py
 
-    def make(path):
-        write_hdf5(path, small_arrays())
-        path.with_name("labels.csv").write_text(text)
-
-    return make
+    with h5py.File(path, "w") as file:
+        file.create_dataset("episode_0/observations", data=np.zeros((5, 8)))
 
 
-POLICY, LABELS = "--policy {tmp}/policy.pt", "--preferences {tmp}/labels.csv"
+POLICY, OWN = "--policy {tmp}/policy.pt", "needs an array 'costs' of its own.*--preferences"
 BAD = {  # what is wrong: the sentence, the file that has it (else a good one), the flags
-    "not HDF5": ("data.hdf5.*not a usable HDF5", lambda path: path.write_bytes(b"not HDF5" * 999)),
-    "an empty file": ("data.hdf5.*not a usable HDF5", lambda path: path.write_bytes(b"")),
+    "not HDF5": ("data.hdf5: not usable", lambda path: path.write_bytes(b"not HDF5" * 999)),
+    "an empty file": ("data.hdf5: not usable", lambda path: path.write_bytes(b"")),
     "a folder": ("data.hdf5.*directory", lambda path: path.mkdir()),
-    "no file": ("nothing.hdf5.*No such file", None, "--dataset {tmp}/nothing.hdf5"),
+    "no file": ("nothing.hdf5: no such file", None, "--dataset {tmp}/nothing.hdf5"),
+    "no home": ("/nothing.hdf5: no such file", None, "--dataset ~/nothing.hdf5"),
+    "a typo for scripted": ("no such file; is scripted meant", None, "--dataset scriptd"),
     "truncated": ("data.hdf5.*truncated", truncated),
     **{
-        f"no {key}": (f"needs an array '{key}'.*and has", replace(key, lambda x: None))
+        f"no {key}": (f"needs an array '{key}'", replace(key, lambda x: None))
         for key in small_arrays()
         if "next" not in key
     },
+    "Minari's": ("needs an array 'observations'.*converts Minari's", minari),
     "wide observations": (
-        r"shape \('N', 8\).*\(60, 7\)",
+        "'observations' must be 8 wide; found 7",
         replace("observations", lambda x: x[:, 1:]),
     ),
-    "wide actions": (r"shape \('N', 2\)", replace("actions", lambda x: np.hstack([x, x]))),
-    "flat observations": (r"shape \('N', 8\)", replace("observations", lambda x: x.reshape(-1))),
-    "wide rewards": (
-        r"'rewards' must.*\(60, 2\)",
-        replace("rewards", lambda x: np.stack([x, x], 1)),
-    ),
+    "wide actions": ("must be 2 wide; found 4", replace("actions", lambda x: np.hstack([x, x]))),
+    "flat observations": (r"'obs.*\(N, width\)", replace("observations", lambda x: x.reshape(-1))),
     "text": (
         "'rewards' must be numbers",
         replace("rewards", lambda x: np.array([b"1.0"] * len(x))),
     ),
     "complex": ("'rewards' must be numbers", replace("rewards", lambda x: x.astype(complex))),
-    "unequal lengths": (r"'costs' must.*\(59,\)", replace("costs", lambda x: x[:-1])),
+    "unequal lengths": ("'costs' has 59 rows, 'obs.* 60", replace("costs", lambda x: x[:-1])),
     "empty": ("N > 0", empty_arrays),
     "no end": ("no episode has an end", replace("timeouts", np.zeros_like)),
     "far actions": ("'actions' lie far outside", replace("actions", put(50.0))),
     "negative costs": ("'costs' has negative", replace("costs", put(-1.0))),
-    "NaN in observations": (
-        "'observations' has.*not finite",
-        replace("observations", put(math.nan)),
-    ),
-    "NaN in actions": ("'actions' has.*not finite", replace("actions", put(math.nan))),
-    "NaN in rewards": ("'rewards' has.*not finite", replace("rewards", put(math.nan))),
-    "NaN in costs": ("'costs' has.*not finite", replace("costs", put(math.nan))),
-    "NaN in terminals": ("'terminals' has.*not finite", replace("terminals", put(math.nan))),
+    **{
+        f"NaN in {key}": (f"'{key}' has.*not finite", replace(key, put(math.nan)))
+        for key in small_arrays()
+        if "next" not in key
+    },
     "infinite observations": ("not finite", replace("observations", put(math.inf))),
-    "infinite rewards": ("not finite", replace("rewards", put(-math.inf))),
     "huge rewards": ("'rewards' has.*beyond 1e9", replace("rewards", put(1e30))),
-    "huge costs": ("'costs' has.*beyond 1e9", replace("costs", put(1e300))),
-    "external link": (
-        "an array 'costs' of its own",
-        set_link(lambda h5py: h5py.ExternalLink("other.hdf5", "/costs")),
-    ),
-    "soft link": ("an array 'costs' of its own", set_link(lambda h5py: h5py.SoftLink("/rewards"))),
-    "dangling link": (
-        "an array 'costs' of its own",
-        set_link(lambda h5py: h5py.SoftLink("/nowhere")),
-    ),
-    "group": ("an array 'costs' of its own", edit(lambda file, h5py: file.create_group("costs"))),
+    "external link": (OWN, set_link(lambda h5py: h5py.ExternalLink("other.hdf5", "/costs"))),
+    "soft link": (OWN, set_link(lambda h5py: h5py.SoftLink("/rewards"))),
+    "dangling link": (OWN, set_link(lambda h5py: h5py.SoftLink("/nowhere"))),
+    "group": (OWN, edit(lambda file, h5py: file.create_group("costs"))),
     "objects": (
         "'costs' must be numbers",
         edit(
@@ -985,33 +839,26 @@ BAD = {  # what is wrong: the sentence, the file that has it (else a good one), 
         ),
     ),
     "scalar": ("'costs' must be", edit(lambda file, h5py: file.create_dataset("costs", data=1.0))),
-    "virtual": ("an array 'costs' of its own", edit(virtual)),
-    "declared, not stored": ("stores next to nothing", declared_only),
-    "one episode": ("--dispreferred 1: only 0 of 1|--preferred 1: only 0 of 1", episode_count(1)),
-    "few safe": ("--preferred 4: only . of 3", None, "--preferred 4"),
-    "few unsafe": ("--dispreferred 4: only . of 3", None, "--dispreferred 4"),
-    "no unsafe": ("--dispreferred 1: only 0 of 3", None, "--cost-limit 99"),
-    "long segment": ("--segment 21: .* 20 steps", None, "--segment 21"),
+    "virtual": (OWN, edit(virtual)),
+    "declared, not stored": ("more than the file can hold", declared_only),
+    "one episode": ("(--dispreferred|--preferred) 1: found 0 .*of 1 ", episode_count(1)),
+    "few safe": ("--preferred 4: found . with a cost of at most 10 of 3", None, "--preferred 4"),
+    "few unsafe": ("--dispreferred 4: found . with a cost over 10", None, "--dispreferred 4"),
+    "no unsafe": ("--dispreferred 1: found 0 with a cost over 99", None, "--cost-limit 99"),
     "another task": ("policy.pt.*found format 1 of Other", checkpoint(env="Other"), POLICY),
     "a newer version": (f"policy.pt.*found format 2 of {BALL}", checkpoint(format=2), POLICY),
     "another size": ("policy.pt.*size mismatch", other_size, POLICY),
-    "a cut policy": ("policy.pt.*not a checkpoint", cut_checkpoint, POLICY),
-    "no state": ("policy.pt.*not a checkpoint", checkpoint(state=None), POLICY),
-    "no policy file": ("test_prefine.py.*not a checkpoint", None, f"--policy {__file__}"),
+    "a cut policy": ("policy.pt: needs a checkpoint", cut_checkpoint, POLICY),
+    "no state": ("policy.pt: needs a checkpoint", checkpoint(state=None), POLICY),
+    "no policy file": ("test_prefine.py: needs a check", None, f"--policy {__file__}"),
     "no policy": ("policy.pt.*No such file", None, POLICY),
-    "no labels": ("labels.csv", None, LABELS),
-    "a bad label": ("labels.csv, line 3", labels("episode,label\n0,preferred\n1,good\n"), LABELS),
-    "a far episode": (
-        "labels.csv, line 2.*below 3",
-        labels("episode,label\n3,preferred\n"),
-        LABELS,
-    ),
-    "one label": ("labels.csv: needs.*both labels", labels("episode,label\n0,preferred\n"), LABELS),
-    "no columns": ("labels.csv, line 2", labels("0,preferred\n1,dispreferred\n"), LABELS),
+    "no labels": ("labels.csv", None, "--preferences {tmp}/labels.csv"),
+    "binary labels": ("data.hdf5: its first line must", None, "--preferences {tmp}/data.hdf5"),
     "a run folder in a file": ("data.hdf5", None, "--run-dir {tmp}/data.hdf5/run"),
     "a run folder that cannot be": ("null", None, "--run-dir /dev/null"),
-    "no task": ("--env : no such DSRL task", None, "--env="),
+    "no task": ("--env is missing", None, "--env="),
     "a typo": ("--env OfflineBallCirle:.*OfflineBallCircle", None, "--env OfflineBallCirle"),
+    "MetaDrive": ("MetaDrive tasks are not supported", None, "--env OfflineMetadrive-easymean-v0"),
     "a task without cost": ("--env CartPole-v1: no such DSRL task", None, "--env CartPole-v1"),
     "no such device": ("--device nonsense: not usable", None, "--device nonsense"),
     "no scripted data": (
@@ -1019,53 +866,48 @@ BAD = {  # what is wrong: the sentence, the file that has it (else a good one), 
         None,
         "--env OfflineAntVelocity --dataset scripted",
     ),
-    "0 preferred": (r"--preferred: needs.*\[1, .*found 0", None, "--preferred 0"),
-    "0 dispreferred": (r"--dispreferred: needs.*\[1, ", None, "--dispreferred 0"),
-    "a negative limit": (r"--cost-limit: needs.*\[0, .*-1", None, "--cost-limit=-1"),
-    "no limit": (r"--cost-limit: needs.*\[0, .*nan", None, "--cost-limit nan"),
+    "0 preferred": ("--preferred: needs a positive.*found 0", None, "--preferred 0"),
+    "a negative limit": ("--cost-limit: needs a non-negative.*-1", None, "--cost-limit=-1"),
+    "no limit": ("--cost-limit: needs.*nan", None, "--cost-limit nan"),
     "an infinite limit": ("--cost-limit: needs.*inf", None, "--cost-limit inf"),
-    "an unknown flag": ("--nonsense", None, "--nonsense 1"),
-    "a short flag": ("--be", None, "--be 1"),
-    "beta 0": ("--beta: needs", None, "--beta 0"),
-    "beta NaN": ("--beta: needs", None, "--beta nan"),
+    "an unknown flag": ("--nonsense: no such flag", None, "--nonsense 1"),
+    "a mistyped flag": ("--bta: no such flag; the nearest is --beta", None, "--bta 1"),
+    "a short flag": ("--be: no such flag", None, "--be 1"),
+    "beta 0": ("--beta: needs a positive", None, "--beta 0"),
     "beta text": ("--beta: .*x", None, "--beta x"),
     "a negative seed": ("--seed: needs", None, "--seed=-1"),
     "a method": ("--method: .*'none'", None, "--method none"),
     "0 workers": ("--workers: needs", None, "--workers 0"),
-    "0 episodes": ("--eval-episodes: needs", None, "--eval-episodes 0"),
+    "no layer": ("--hidden: needs", None, "--hidden 8 0"),
     "half an update": ("--pretrain-updates: .*1.5", None, "--pretrain-updates 1.5"),
-    "a batch of 1": (r"--batch-size: needs.*\[2, ", None, "--batch-size 1"),
-    "no number": ("--seed: needs int.*found abc", None, "--seed abc"),
-    "a share of 5": (r"--smoothing: needs float.*\[0, 1\], found 5", None, "--smoothing 5"),
-    "a negative rate": ("--finetune-lr: needs", None, "--finetune-lr=-1"),
+    "a share of 5": ("--ess: needs.*at most 1; found 5", None, "--ess 5"),
 }
 
 
 @pytest.mark.filterwarnings("error")  # a warning would be a line more
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gives_one_sentence_and_leaves_nothing_half_written(name, tmp_path, capfd):
+def test_bad_input_gives_one_sentence_and_leaves_nothing(name, tmp_path, capfd, cache):
     sentence, make, text = (*BAD[name], "")[:3]
     path = tmp_path / "data.hdf5"
     make(path) if make else write_hdf5(path, small_arrays())
     line = f"--env {BALL} --dataset {path} --run-dir {tmp_path / 'run'} --preferred 1"
     line += f" --dispreferred 1 --cost-limit 10 {text.format(tmp=tmp_path)}"
-    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert run(line) == 2
     output, error = capfd.readouterr()
     assert error.count("\n") == 1 and "Traceback" not in output
     assert re.search(sentence, error), error
-    assert {file: file.read_bytes() for file in before} == before
-    left = {file.name for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    assert left <= {".lock", "config.json", "pretrained.pt", "pretrain.jsonl", "pretrain.pt"}
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "run").exists()
 
 
-def test_3000_files_with_damaged_bytes_load_or_give_one_sentence(tmp_path, ball):
+def test_1000_files_with_damaged_bytes_load_or_give_one_sentence(tmp_path, ball):
     """In no time, and in little memory."""
     path = write_hdf5(tmp_path / "data.hdf5", small_arrays())
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused, longest = 0, 0.0
-    for _ in range(3000):
+    for _ in range(1000):
         damaged = bytearray(whole)
         for position in rng.integers(0, len(whole), rng.integers(1, 9)):
             damaged[position] = rng.integers(256)
@@ -1079,7 +921,7 @@ def test_3000_files_with_damaged_bytes_load_or_give_one_sentence(tmp_path, ball)
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
         longest = max(longest, time.monotonic() - begun)
-    assert 300 < refused < 3000 and longest < 10
+    assert 100 < refused < 1000 and longest < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
@@ -1122,18 +964,8 @@ def hdf5_bytes(tmp_path):
 
 
 def fetch(ball, target, *urls, **options):
-    def check(file):
-        prefine.load_dataset(file, ball)
-
     target.parent.mkdir()
-    return prefine.download(urls, target, check, **options)
-
-
-def test_a_good_download_is_whole(server, hdf5_bytes, ball, tmp_path):
-    url = server(good=(200, hdf5_bytes, len(hdf5_bytes)))
-    target = tmp_path / "cache" / "data.hdf5"
-    fetch(ball, target, f"{url}/good")
-    assert target.read_bytes() == hdf5_bytes and os.listdir(target.parent) == ["data.hdf5"]
+    return prefine.download(urls, target, ball, **options)
 
 
 def test_the_mirror_is_tried_where_the_first_address_fails(server, hdf5_bytes, ball, tmp_path):
@@ -1182,44 +1014,31 @@ def test_dsrl_data_is_downloaded_once_into_its_cache(
     assert prefine.find_dataset(arguments, ball) == path
 
 
-def test_the_name_of_a_download_cannot_leave_the_cache(
-    server, hdf5_bytes, ball, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("dsrl.offline_env.DATASET_PATH", str(tmp_path / "cache"))
-    url = server(**{"../../evil.hdf5": (200, hdf5_bytes, len(hdf5_bytes))})
-    monkeypatch.setattr(ball.unwrapped, "dataset_url", f"{url}/../../evil.hdf5")
-    path = prefine.find_dataset(flags(f"--env {BALL}"), ball)
-    assert path == tmp_path / "cache" / "evil.hdf5" and not (tmp_path / "evil.hdf5").exists()
+def test_a_cut_file_in_the_cache_says_to_delete_it(hdf5_bytes, ball, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsrl.offline_env.DATASET_PATH", str(tmp_path))
+    path = tmp_path / "data.hdf5"
+    path.write_bytes(hdf5_bytes[: len(hdf5_bytes) // 2])  # as dsrl's own downloader may leave it
+    with pytest.raises(prefine.UserError, match="data.hdf5.*delete it"):
+        prefine.load_dataset(path, ball)
 
 
 # -------------------------------------------------------------------------------------- simulators
-def test_short_names_resolve_to_registered_ids():
-    for name, expected in {
-        "OfflineCarButton1": "OfflineCarButton1Gymnasium-v0",
-        "OfflineBallCircle": BALL,
-        "OfflineAntVelocity": "OfflineAntVelocityGymnasium-v1",
-        "OfflineCarButton1Gymnasium-v0": "OfflineCarButton1Gymnasium-v0",
-        BALL: BALL,
-    }.items():
-        assert prefine.resolve_env(name) == expected
-
-
-@pytest.mark.parametrize(
-    ("typo", "meant"), [("OfflineBallCirlce", "OfflineBallCircle"), ("carbutton1", "CarButton1")]
-)
-def test_a_typo_gets_the_nearest_names(typo, meant):
-    with pytest.raises(prefine.UserError, match=f"--env {typo}.*{meant}"):
-        prefine.resolve_env(typo)
-
-
 @pytest.mark.parametrize("name", ["OfflineBallCircle", "OfflineCarButton1", "OfflineAntVelocity"])
 def test_both_families_of_simulators_step(name):
-    with real_streams():
-        env = prefine.import_simulators().make(prefine.resolve_env(name))
+    env = prefine.make_env(prefine.resolve_env(name)[0])
     observation, _ = env.reset(seed=0)
     stepped, reward, _, _, info = env.step(env.action_space.sample())
     assert env.observation_space.shape == observation.shape == stepped.shape
     assert math.isfinite(reward) and "cost" in info
+
+
+def test_mujoco_is_left_as_it_was():
+    import mujoco
+
+    before = mujoco.MjModel.from_xml_string
+    with prefine.without_textures():
+        model = mujoco.MjModel.from_xml_string("<mujoco/>", assets={})  # with its keywords
+    assert model.nbody == 1 and mujoco.MjModel.from_xml_string is before
 
 
 def same_episodes(one, other):
@@ -1227,24 +1046,23 @@ def same_episodes(one, other):
 
 
 def test_episodes_depend_on_their_seed_and_not_on_the_number_of_workers():
-    jobs = [(prefine.CONTROLLERS[BALL], seed) for seed in (7, 8, 9, 10)]
-    one, two = (prefine.run_episodes(BALL, jobs, workers, "test") for workers in (1, 2))
-    with real_streams():
-        alone = [prefine.run_episode(BALL, *job) for job in jobs[::-1]][::-1]
+    seeds, controller = [7, 8, 9, 10], prefine.CONTROLLERS[BALL]
+    one, two = (prefine.run_episodes(BALL, controller, seeds, n, "test") for n in (1, 2))
+    alone = [prefine.run_episode(BALL, controller, seed) for seed in seeds[::-1]][::-1]
     assert same_episodes(one, two) and same_episodes(one, alone)
     assert not np.array_equal(one[0]["rewards"], one[1]["rewards"])
     for episode in one:
         steps = len(episode["rewards"])
         assert episode["observations"].shape == (steps, 8)
         assert episode["actions"].shape == (steps, 2)
-        then = episode["next_observations"]
-        np.testing.assert_array_equal(episode["observations"][1:], then[:-1])
+        following = episode["next_observations"]
+        np.testing.assert_array_equal(episode["observations"][1:], following[:-1])
         assert episode["timeouts"].nonzero()[0].tolist() == [steps - 1]
         assert not episode["terminals"].any()
 
 
 def test_a_car_button_episode_repeats_itself():
-    env_id = prefine.resolve_env("OfflineCarButton1")
+    env_id, _ = prefine.resolve_env("OfflineCarButton1")
     first, second = (prefine.run_episode(env_id, prefine.lidar_controller, 7) for _ in range(2))
     assert same_episodes([first], [second]) and len(first["rewards"]) == 1000
     assert first["costs"].sum() > 0 and not first["terminals"].any()
@@ -1253,184 +1071,135 @@ def test_a_car_button_episode_repeats_itself():
 
 @pytest.mark.parametrize("env_id", prefine.BULLET)
 def test_scripted_bullet_episodes_are_safe_and_unsafe_slow_and_fast(env_id):
-    jobs = [(prefine.CONTROLLERS[env_id], seed) for seed in range(16)]
-    episodes = prefine.run_episodes(env_id, jobs, 2, "test")
+    episodes = prefine.run_episodes(env_id, prefine.CONTROLLERS[env_id], range(16), 2, "test")
     returns, costs = ([e[key].sum() for e in episodes] for key in ("rewards", "costs"))
     assert min(costs) == 0 and sum(cost > 10 for cost in costs) >= 3
     assert max(returns) > 1.5 * statistics.median(returns) > 100
 
 
-def driver(seed, env, _):
-    return prefine.lidar_controller(env, seed)
+class Constant(torch.nn.Module):
+    """A policy that always pushes alike, and insists on a batch of observations."""
+
+    def __init__(self, action):
+        super().__init__()
+        self.action = torch.nn.Parameter(torch.tensor([action]))
+
+    def forward(self, observations):
+        assert observations.ndim == 2
+        return self.action.expand(len(observations), -1)
 
 
-@pytest.mark.parametrize("name", ["OfflineCarGoal1", "OfflinePointButton1"])
-def test_a_reckless_driver_costs_more_than_a_careful_one_on_the_same_layouts(name):
-    reckless, careful = (functools.partial(driver, seed) for seed in (0, 1))
-    jobs = [(make, layout) for make in (reckless, careful) for layout in range(6)]
-    episodes = prefine.run_episodes(prefine.resolve_env(name), jobs, 2, "test")
-    returns, costs = ([float(e[key].sum()) for e in episodes] for key in ("rewards", "costs"))
-    assert sum(costs[:6]) > 1.3 * sum(costs[6:])
-    assert sum(returns[:6]) > 60 and sum(returns[6:]) > 10  # both find goals
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_policy_is_evaluated_and_the_numbers_are_those_of_its_episodes(workers):
+    policy = Constant([1.0, 0.0])
+    metrics, runs = prefine.evaluate(policy, "OfflineBallRun", episodes=3, workers=workers)
+    returns, costs = ([run[key].sum() for run in runs] for key in ("rewards", "costs"))
+    assert metrics["return_mean"] == pytest.approx(np.mean(returns)) and len(runs) == 3
+    assert metrics["cost_mean"] == pytest.approx(np.mean(costs))
+    assert metrics["cost_max"] == max(costs)
+    assert metrics["violation_rate"] == np.mean(np.array(costs) > 10)
+    low, high = metrics["return_ci95"]
+    assert min(returns) - 1e-3 <= low <= metrics["return_mean"] <= high <= max(returns) + 1e-3
+    env = prefine.make_env("OfflineBallRun-v0").unwrapped
+    env.set_target_cost(10)
+    score, cost = env.get_normalized_score(np.mean(returns), np.mean(costs))
+    assert metrics["normalized_return"] == pytest.approx(score)
+    assert metrics["normalized_cost"] == pytest.approx(cost)
 
 
-# -------------------------------------------------------------------------------------- evaluation
-def test_the_evaluation_agrees_with_its_episodes(ball, monkeypatch):
-    calls = recorded(monkeypatch, "run_episodes")
-    torch.manual_seed(0)
-    first, second = (prefine.GaussianPolicy(*BOX, np.zeros(8), np.ones(8), [8]) for _ in range(2))
-    limit, arguments = 3.0, flags(f"--env {BALL} --eval-episodes 3 --cost-limit 3 --workers 2")
-    found = prefine.evaluate({"a": first, "b": second, "again": first}, ball, arguments)
-    ((_, episodes),) = calls
-    assert found["a"] == found["again"] and len(episodes) == 9
-    starts = np.array([episode["observations"][0] for episode in episodes])
-    np.testing.assert_array_equal(starts[:3], starts[3:6])  # the same start states for both
-    assert not np.array_equal(starts[0], starts[1])
-    low, high = ball.unwrapped.min_episode_reward, ball.unwrapped.max_episode_reward
-    for name, part in ("a", episodes[:3]), ("b", episodes[3:6]):
-        returns = [math.fsum(episode["rewards"]) for episode in part]
-        costs = [math.fsum(episode["costs"]) for episode in part]
-        expected = {
-            "return_mean": sum(returns) / 3,
-            "cost_mean": sum(costs) / 3,
-            "cost_max": max(costs),
-            "violation_rate": sum(cost > limit for cost in costs) / 3,
-            "failure_rate": sum(bool(episode["terminals"].any()) for episode in part) / 3,
-            "normalized_return": (sum(returns) / 3 - low) / (high - low),
-            "normalized_cost": sum(costs) / 3 / limit,
-            "episodes": 3,
-        }
-        assert {key: found[name][key] for key in expected} == pytest.approx(expected, rel=1e-5)
-        for key, mean in ("return", "return_mean"), ("cost", "cost_mean"):
-            low_end, high_end = found[name][f"{key}_ci95"]
-            values = returns if key == "return" else costs
-            assert min(values) - 1e-4 <= low_end <= found[name][mean] <= high_end
-            assert high_end <= max(values) + 1e-4 and (low_end < high_end or len(set(values)) == 1)
-        for key in "violation_rate", "failure_rate":
-            for bound in found[name][f"{key}_ci95"]:  # Wilson: |p - k/n| = z sqrt(p (1 - p) / n)
-                gap = (found[name][key] - bound) ** 2 - 1.959964**2 * bound * (1 - bound) / 3
-                assert gap == pytest.approx(0, abs=1e-6)
-
-
-# ------------------------------------------------------------------------------------- end to end
-MEASURED = """return_mean return_ci95 cost_mean cost_ci95 normalized_return normalized_cost
-violation_rate violation_rate_ci95 failure_rate failure_rate_ci95 cost_max episodes"""
+# ---------------------------------------------------------------------------------- whole runs
 BALL_RUN = """--env OfflineBallCircle --dataset scripted --scripted-episodes 24 --preferred 4
 --dispreferred 3 --hidden 32 --pretrain-updates 300 --finetune-updates 300 --eval-episodes 2
---pretrain-top 0.3 --seed 1 --no-report"""
+--pretrain-top 0.3 --seed 1"""
 
 
 @pytest.fixture(scope="module")
-def ball_run(tmp_path_factory):
+def ball_run(tmp_path_factory, cache):
     """A whole run, as a user types it; its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     done = command(*BALL_RUN.split(), "--workers", 2, "--run-dir", folder)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, done
 
 
 def metrics(folder):
-    """The content of metrics.json; seconds are the only thing that may differ between runs."""
-    content = json.loads((folder / "metrics.json").read_text())
-    assert all(value >= 0 for value in content.pop("seconds").values())
-    return content
+    return json.loads((folder / "metrics.json").read_text())
+
+
+MEASURED = """return_mean return_ci95 cost_mean cost_ci95 cost_max normalized_return
+normalized_cost violation_rate failure_rate episodes"""
 
 
 def check_metrics(folder, episodes):
-    content = json.loads((folder / "metrics.json").read_text())
-    parts = "env dataset method seed cost_limit pretrained finetuned data seconds"
-    assert " ".join(content) == parts
-    assert list(content["seconds"]) == ["load", "pretrain", "finetune", "evaluate"]
-    for name in "pretrained", "finetuned":
-        assert sorted(content[name]) == sorted(MEASURED.split())
-        for key, value in content[name].items():
-            values = value if "ci95" in key else [value]
-            assert len(values) == (2 if "ci95" in key else 1) and np.isfinite(values).all()
-        assert content[name]["episodes"] == episodes
+    content = metrics(folder)
+    assert list(content) == ["pretrained", "finetuned"]
+    for part in content.values():
+        assert " ".join(part) == MEASURED.replace("\n", " ") and part["episodes"] == episodes
+        assert all(np.isfinite(value).all() for value in part.values())
     return content
 
 
 def test_a_whole_run_in_bullet_safety_gym(ball_run, cache):
-    folder, output = ball_run
-    content = check_metrics(folder, episodes=2)
-    assert content["env"] == BALL and content["cost_limit"] == 10 and content["seed"] == 1
-    assert content["data"]["episodes"] == 24
-    files = ["config.json", "finetune.jsonl", "finetuned.pt", "metrics.json", "pretrain.jsonl"]
-    assert sorted(x for x in os.listdir(folder) if x[0] != ".") == [*files, "pretrained.pt"]
-    assert "pre-trained" in output and "fine-tuned" in output and "cost" in output
+    folder, done = ball_run
+    check_metrics(folder, episodes=2)
+    files = {"config.json", "finetuned.pt", "metrics.json", "pretrained.pt", "report.png"}
+    found = {name for name in os.listdir(folder) if name[0] != "."}
+    assert found - files == {name for name in found if name.startswith("events.out.tfevents")}
+    assert files < found and (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    table = done.stdout.index("| pre-trained |")
+    assert table < done.stdout.index("| prefine ") < done.stdout.index("results in")
     assert any("scripted" in name and name.endswith(".hdf5") for name in os.listdir(cache))
     config = json.loads((folder / "config.json").read_text())
-    assert config["preferred"] == 4 and config["pretrain_updates"] == 300
-    lines = (folder / "finetune.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [row["update"] for row in rows] == [100, 200, 300]
-    for split in "train", "heldout":
-        pairs = "preferred_counterfactual", "counterfactual_dispreferred", "preferred_dispreferred"
-        names = [f"{kind}/{split}/{pair}" for kind in ("margin", "accuracy") for pair in pairs]
-        assert {*names, f"kl/{split}"} <= rows[0].keys()
+    assert config["preferred"] == 4 and config["cost_limit"] == 10 and config["env"] == BALL
+    _, curve = prefine.load_policy(folder / "finetuned.pt")
+    assert [row["update"] for row in curve] == [100, 200, 300]
 
 
-def test_the_result_is_a_policy_that_needs_no_data_and_runs_no_code(ball_run):
-    content = torch.load(ball_run[0] / "finetuned.pt", weights_only=True)
-    assert content["env"] == BALL
-    policy = prefine.load_policy(ball_run[0] / "finetuned.pt", BALL)
-    assert not same(policy, prefine.load_policy(ball_run[0] / "pretrained.pt", BALL))
-    assert policy(torch.zeros(8))[0].shape == (2,)
+def test_where_the_output_is_no_terminal_each_stage_has_a_line(ball_run):
+    lines = ball_run[1].stderr.replace("\r", "\n").splitlines()
+    for stage in "collecting", "pre-training", "fine-tuning", "evaluation before":
+        assert any(line.startswith(f"{stage}: 100%") for line in lines), stage
+    assert len(lines) < 30
+
+
+def test_tensorboard_reads_the_curves(ball_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(ball_run[0])).Reload()
+    _, curve = prefine.load_policy(ball_run[0] / "finetuned.pt")
+    for name, last in curve[-1].items():
+        if name != "update":
+            assert events.Scalars(name)[-1].value == pytest.approx(last, rel=1e-5)
 
 
 def test_a_complete_run_is_shown_and_not_repeated(ball_run, capfd):
-    folder, output = ball_run
-    files = [folder / "metrics.json", *folder.glob("*.pt"), *folder.glob("*.jsonl")]
+    folder, done = ball_run
+    files = [folder / "metrics.json", *folder.glob("*.pt")]
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     assert run(BALL_RUN, f"--run-dir {folder}") == 0
     again = capfd.readouterr().out
-    assert "complete" in again and again.splitlines()[-1] in output  # the same table
+    assert "complete" in again and again.splitlines()[-1] in done.stdout  # the same table
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+
+
+def same_run(one, other):
+    """If two run folders hold the same numbers, bit for bit."""
+    assert metrics(one) == metrics(other)
+    for name in "pretrained.pt", "finetuned.pt":
+        (policy, curve), (again, same_curve) = (prefine.load_policy(x / name) for x in (one, other))
+        assert same(policy, again) and curve == same_curve
 
 
 def test_another_folder_and_number_of_workers_give_the_same_numbers(ball_run, tmp_path):
     assert run(BALL_RUN, f"--workers 1 --run-dir {tmp_path / 'b'}") == 0
-    assert metrics(tmp_path / "b") == metrics(ball_run[0])
-    for name in "pretrained.pt", "finetuned.pt":
-        assert same(*(prefine.load_policy(x / name) for x in (tmp_path / "b", ball_run[0])))
-    for name in "pretrain.jsonl", "finetune.jsonl":
-        assert (tmp_path / "b" / name).read_bytes() == (ball_run[0] / name).read_bytes()
-
-
-def is_held(path):
-    """If a running process holds the lock file."""
-    if not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+    same_run(tmp_path / "b", ball_run[0])
 
 
 def start(*arguments, **variables):
     """``prefine.py`` in the background, in a process group of its own."""
     line = [sys.executable, str(HERE / "prefine.py"), *map(str, arguments)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, env=os.environ | variables, start_new_session=True, **pipes)
-
-
-def group(leader):
-    """The processes of the group of this number, each with its parent."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == leader and fields[0] != "Z":
-                found[int(path.parent.name)] = int(fields[1])
-    return found
-
-
-def workers(main):
-    """The processes that simulate for this one: the fork server is its child and their parent."""
-    found = group(os.getpgid(main))
-    return [child for child, parent in found.items() if found.get(parent) == main]
 
 
 def wait_until(condition, seconds=60):
@@ -1438,11 +1207,6 @@ def wait_until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-
-
-def begun(process, folder):
-    """Wait until the process works in the run folder, or has ended."""
-    wait_until(lambda: process.poll() is not None or is_held(folder / ".lock"))
 
 
 def interrupted_run(folder, data, seed):
@@ -1453,19 +1217,15 @@ def interrupted_run(folder, data, seed):
     def stage():
         return len([*data.glob("*.hdf5"), *folder.glob("*.pt")])
 
-    for wanted, longest in (0, 1), (0, 3), (1, 0.3), (2, 0.3), (3, 1):  # stages differ in length
+    for wanted, longest in (0, 3), (0, 5), (1, 1), (2, 1), (3, 1):  # stages differ in length
         process = start(*line, DSRL_DATASET_DIR=str(data))
-        begun(process, folder)
         wait_until(lambda p=process, n=wanted: stage() >= n or p.poll() is not None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0, longest))
         kind, running = getattr(signal, rng.choice(signals)), process.poll() is None
         hit += [stage()] * running
         process.send_signal(kind)
-        error = process.communicate()[1]
-        if running and kind == signal.SIGINT and not (folder / "metrics.json").exists():
-            assert process.returncode == 130, (process.returncode, error)
-            assert "interrupted; the same command goes on" in error, error
+        process.communicate()
     process = start(*line, DSRL_DATASET_DIR=str(data))
     error = process.communicate()[1]
     assert process.returncode == 0, error
@@ -1478,89 +1238,78 @@ def test_20_interruptions_at_random_moments_change_no_number(ball_run, tmp_path)
     with ThreadPoolExecutor(2) as pool:
         hit = sum(pool.map(interrupted_run, *zip(*jobs)), [])
     for folder, data, _ in jobs:
-        assert metrics(folder) == metrics(ball_run[0])
-        for name in "pretrain.jsonl", "finetune.jsonl":
-            assert (folder / name).read_bytes() == (ball_run[0] / name).read_bytes()
-        for name in "pretrained.pt", "finetuned.pt":
-            assert same(*(prefine.load_policy(x / name) for x in (folder, ball_run[0])))
-        assert not (folder / "resume").exists() and not list(data.glob("*.episodes"))
-    # While collecting, while evaluating, and in between; a few may come just after the end.
-    assert {0, 3} < set(hit) and len(hit) > 12
+        same_run(folder, ball_run[0])
+        assert not list(folder.glob("*.tmp")) and len(list(data.glob("*.hdf5"))) == 1
+    assert {0, 3} < set(hit) and len(hit) > 12  # a few may come just after the end
 
 
-def test_a_collection_goes_on_with_the_episodes_that_it_has(tmp_path):
-    jobs = [(prefine.CONTROLLERS[BALL], seed) for seed in range(4)]
-    first = prefine.run_episodes(BALL, jobs[:3], 2, "test", tmp_path / "kept")
-    files = sorted((tmp_path / "kept").iterdir())
-    times = [file.stat().st_mtime_ns for file in files]
-    again = prefine.run_episodes(BALL, jobs, 2, "test", tmp_path / "kept")
-    assert same_episodes(first, again) and len(again) == 4
-    assert [file.stat().st_mtime_ns for file in files] == times and len(files) == 3
+def test_ctrl_c_ends_with_one_sentence_and_130(ball_run, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*BALL_RUN.split(), "--run-dir", folder, "--eval-episodes", 400)
+    wait_until(lambda: (folder / "finetuned.pt").exists())
+    time.sleep(3)  # into the evaluation, with its workers
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in error and "Traceback" not in error
 
 
-def test_training_goes_on_from_its_last_state_to_the_same_bits(tmp_path):
-    dataset, policy, text = toy_dataset(), toy_policy(), SMALL + "--finetune-updates "
-    whole = prefine.finetune(policy, dataset, toy_preferences(), flags(text + "300"))
+def group(leader):
+    """The processes of the group of this number that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == leader and fields[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
 
-    class Interrupted(Exception):
-        pass
 
-    def interrupted(path, save):
-        write(path, save)
-        raise Interrupted
+def worker_processes(leader):
+    lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in group(leader)}
+    return [pid for pid, path in lines.items() if b"LokyProcess" in path.read_bytes()]
 
-    write, states = prefine.write, tmp_path / "state.pt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefine, "write", interrupted)
-        for _ in range(2):
-            with pytest.raises(Interrupted):
-                arguments = flags(text + "300")
-                prefine.finetune(policy, dataset, toy_preferences(), arguments, states)
-    resumed = prefine.finetune(policy, dataset, toy_preferences(), flags(text + "300"), states)
-    assert same(whole[0], resumed[0]) and whole[1] == resumed[1]
+
+@pytest.mark.parametrize("victim", ["worker", "main"])
+def test_a_killed_process_is_reported_and_leaves_no_other(victim, ball_run, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*BALL_RUN.split(), "--run-dir", folder, "--eval-episodes", 400)
+    wait_until(lambda: len(worker_processes(process.pid)) == 2)
+    time.sleep(2)
+    os.kill(worker_processes(process.pid)[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    if victim == "worker":
+        assert process.returncode == 2
+        assert "a worker process failed" in error.splitlines()[-1] and "--workers" in error
+    wait_until(lambda: not group(process.pid), 30)
+    assert not (folder / "metrics.json").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(ball_run, tmp_path):
     folder = tmp_path / "run"
     line = [*BALL_RUN.split(), "--workers", 1, "--run-dir", folder, "--eval-episodes", 3]
     first = start(*line)
-    begun(first, folder)
+    wait_until(lambda: (folder / "config.json").exists())
     first.send_signal(signal.SIGSTOP)  # it holds its lock for as long as the second one takes
     second = command(*line)
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert f"--run-dir {folder}" in second.stderr and "another process" in second.stderr
-    assert first.communicate()[1] == "" and first.returncode == 0
+    assert second.returncode == 2 and f"--run-dir {folder}" in second.stderr
+    assert "another process is at work in it" in second.stderr.splitlines()[-1]
+    first.communicate()
+    assert first.returncode == 0
     check_metrics(folder, episodes=3)
 
 
 def test_of_two_that_want_the_same_data_one_collects_and_the_other_waits(ball_run, tmp_path):
-    variables = dict(DSRL_DATASET_DIR=str(tmp_path / "data"))
+    variables = {"DSRL_DATASET_DIR": str(tmp_path / "data")}
     line = [*BALL_RUN.split(), "--workers", 1, "--run-dir"]
     pair = [start(*line, tmp_path / name, **variables) for name in "ab"]
     outputs = [process.communicate() for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     collecting = [output.count("collecting 24 scripted episodes") for output, _ in outputs]
-    waiting = [output.count("waiting for the process") for output, _ in outputs]
-    assert sorted(collecting) == [0, 1] and sorted(waiting) == [0, 1]
+    assert sorted(collecting) == [0, 1]
     for name in "ab":
-        assert metrics(tmp_path / name) == metrics(ball_run[0])
-
-
-@pytest.mark.parametrize("victim", ["worker", "main"])
-def test_a_killed_process_is_reported_and_leaves_no_other(victim, ball_run, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*BALL_RUN.split(), "--run-dir", folder, "--eval-episodes", 200)
-    # Not while the pool starts its workers: Python 3.11's own pool can then wait for ever.
-    wait_until(lambda: len(list(folder.rglob("evaluate-*.npz"))) > 20)
-    number = workers(process.pid)[0] if victim == "worker" else process.pid
-    os.kill(number, signal.SIGKILL)
-    error = process.communicate(timeout=60)[1]
-    if victim == "worker":
-        assert process.returncode == 2 and "prefine.py" not in error.rpartition("prefine.py: ")[0]
-        assert "a worker was killed" in error.splitlines()[-1] and "--workers" in error
-    wait_until(lambda: not group(process.pid), 20)
-    assert not (folder / "metrics.json").exists()
+        same_run(tmp_path / name, ball_run[0])
 
 
 def test_a_full_disk_gives_one_sentence_and_loses_nothing(ball_run, tmp_path):
@@ -1570,30 +1319,14 @@ def test_a_full_disk_gives_one_sentence_and_loses_nothing(ball_run, tmp_path):
 
     def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
 
     done = subprocess.run(line, capture_output=True, text=True, preexec_fn=limited)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("prefine.py: ")
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.part"))
-    assert run(" ".join(line[2:])) == 0 and metrics(folder) == metrics(ball_run[0])
-
-
-def test_200_parallel_episodes_leak_neither_processes_nor_memory():
-    task, jobs = "OfflineBallRun-v0", [(memory_actor, i) for i in range(200)]
-    prefine.run_episodes(task, jobs[:2], 2, "test")  # starts the fork server, which stays
-    time.sleep(1)
-    before = set(group(os.getpgrp()))
-    sizes = prefine.run_episodes(task, jobs, 2, "test")
-    grown = [episode["actions"][0, 0] for episode in sizes]  # the worker's size in GiB
-    assert max(grown[100:]) - max(grown[20:50]) < 0.02 and len(sizes) == 200
-    wait_until(lambda: set(group(os.getpgrp())) <= before)
-
-
-def memory_actor(env, seed):
-    """Takes the size of its process, in GiB, as its action."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    size = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return lambda observation: np.array([size, 0.0])
+    assert run(" ".join(line[2:])) == 0
+    same_run(folder, ball_run[0])
 
 
 def test_other_flags_in_the_same_folder_are_refused_and_named(ball_run, capfd):
@@ -1602,67 +1335,76 @@ def test_other_flags_in_the_same_folder_are_refused_and_named(ball_run, capfd):
     assert run(line) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "--beta" in error and "--preferred" in error
-    assert "--no-resume" in error and "--seed" not in error
+    assert "choose another folder" in error and "--seed" not in error
     assert (ball_run[0] / "metrics.json").read_bytes() == content
 
 
-def test_no_resume_starts_over(ball_run, tmp_path):
-    folder = shutil.copytree(ball_run[0], tmp_path / "d")
-    line = f"{BALL_RUN} --run-dir {folder} --finetune-updates 0 --no-resume"
+@pytest.mark.parametrize("kind", ["dataset", "policy", "preferences"])
+@pytest.mark.parametrize("state", ["complete", "interrupted"])
+def test_a_run_knows_its_files_by_their_content(kind, state, ball_run, tmp_path, capfd):
+    """The same command and the same name, but another file: never the old result."""
+    data, policy = tmp_path / "data.hdf5", tmp_path / "policy.pt"
+    labels, folder = tmp_path / "labels.csv", tmp_path / "run"
+    write_hdf5(data, small_arrays())
+    shutil.copy(ball_run[0] / "pretrained.pt", policy)
+    write_preferences(labels, [(0, "preferred"), (1, "dispreferred")])
+    line = f"--env {BALL} --dataset {data} --policy {policy} --preferences {labels} --workers 1"
+    line += f" --run-dir {folder} --eval-episodes 1 --finetune-updates 5"
     assert run(line) == 0
-    content = metrics(folder)
-    assert content["finetuned"] == content["pretrained"] == metrics(ball_run[0])["pretrained"]
-    assert json.loads((folder / "config.json").read_text())["finetune_updates"] == 0
+    if state == "interrupted":
+        (folder / "metrics.json").unlink()
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    if kind == "dataset":
+        arrays = small_arrays()
+        arrays["rewards"][3] += 1
+        write_hdf5(data, arrays)
+    if kind == "policy":
+        shutil.copy(ball_run[0] / "finetuned.pt", policy)
+    if kind == "preferences":
+        write_preferences(labels, [(2, "preferred"), (1, "dispreferred")])
+    capfd.readouterr()
+    assert run(line) == 2
+    assert f"has another --{kind}_sha256" in capfd.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    for name in ("metrics.json", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def test_data_of_changed_controllers_are_not_taken_for_those_of_today(ball, cache, monkeypatch):
+    arguments = flags(f"--env {BALL} --dataset scripted --scripted-episodes 2 --workers 1")
+    path = prefine.find_dataset(arguments, ball)
+    assert prefine.find_dataset(arguments, ball) == path and path.exists()
+
+    def controller(env, seed):
+        return lambda observation: np.ones(2)
+
+    monkeypatch.setitem(prefine.CONTROLLERS, BALL, controller)
+    other = prefine.find_dataset(arguments, ball)
+    assert other != path
+    actions = [prefine.load_dataset(each, ball).actions for each in (path, other)]
+    assert not torch.equal(*actions) and (actions[1] == 1).all()
 
 
 def test_a_trained_policy_is_taken_instead_of_pretraining(ball_run, tmp_path):
     policy = ball_run[0] / "pretrained.pt"
     line = f"{BALL_RUN} --policy {policy} --run-dir {tmp_path / 'e'}"
     assert run(line) == 0
-    content, first = metrics(tmp_path / "e"), metrics(ball_run[0])
-    assert content["pretrained"] == first["pretrained"]
-    assert content["finetuned"] == first["finetuned"]
-
-
-def test_pretraining_reaches_the_mean_return_of_the_best_30_percent(tmp_path, cache):
-    text = "--env OfflineBallCircle --dataset scripted --scripted-episodes 100 --workers 2 "
-    text += "--preferred 5 --dispreferred 5 --pretrain-updates 2000 --finetune-updates 0 "
-    import h5py
-
-    assert run(text, f"--no-report --eval-episodes 10 --run-dir {tmp_path / 'f'}") == 0
-
-    with h5py.File(cache / f"{BALL}-scripted-100.hdf5") as file:
-        returns = np.sort(file["rewards"][:].reshape(100, 200).sum(1))
-    assert metrics(tmp_path / "f")["pretrained"]["return_mean"] >= returns[-30:].mean()
+    assert metrics(tmp_path / "e") == metrics(ball_run[0])
 
 
 def test_scripted_data_loads_through_dsrl_itself_with_equal_content(ball_run, cache, ball):
-    path = cache / f"{BALL}-scripted-24.hdf5"
+    (path,) = cache.glob(f"{BALL}-*-scripted-24.hdf5")
     theirs, ours = ball.unwrapped.get_dataset(h5path=str(path)), prefine.load_dataset(path, ball)
     for key in "observations", "actions", "rewards", "costs":
         np.testing.assert_array_equal(theirs[key], getattr(ours, key).numpy())
     done = (theirs["terminals"] + theirs["timeouts"]) > 0
     np.testing.assert_array_equal(np.flatnonzero(done) + 1, ours.ends.numpy())
-    inner = ~done[:-1]
-    np.testing.assert_array_equal(
-        theirs["next_observations"][:-1][inner], theirs["observations"][1:][inner]
-    )
-    costs, returns = ours.sums(ours.costs), ours.sums(ours.rewards)
-    assert (costs <= 10).sum() >= 4 and (costs > 10).sum() >= 4  # safe and unsafe episodes both
-    assert returns.max() > 2 * np.median(returns[returns > 0]) or np.ptp(returns) > 200
-
-
-def test_scripted_data_of_another_task_is_refused_with_those_that_have_it(tmp_path, capfd):
-    line = f"--env OfflineAntVelocity --dataset scripted --run-dir {tmp_path / 'g'}"
-    assert run(line) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "OfflineBallCircle" in error and "OfflineCarButton1" in error
 
 
 @pytest.fixture(scope="module")
 def swimmer(tmp_path_factory):
     """A data set of random actions, recorded in a Safety-Gymnasium task; its path and arrays."""
-    env = prefine.import_simulators().make("OfflineSwimmerVelocityGymnasium-v1")
+    env = prefine.make_env("OfflineSwimmerVelocityGymnasium-v1")
     rng, rows = np.random.default_rng(0), []
     for seed in range(12):
         observation, _ = env.reset(seed=seed)
@@ -1679,7 +1421,7 @@ def swimmer(tmp_path_factory):
 
 
 SWIMMER_RUN = """--env OfflineSwimmerVelocity --preferred 3 --dispreferred 3 --hidden 32
---pretrain-updates 200 --finetune-updates 200 --eval-episodes 2 --workers 2 --no-report"""
+--pretrain-updates 200 --finetune-updates 200 --eval-episodes 2 --workers 2"""
 
 
 def test_a_whole_run_in_safety_gymnasium(swimmer, tmp_path):
@@ -1687,25 +1429,37 @@ def test_a_whole_run_in_safety_gymnasium(swimmer, tmp_path):
     limit = np.median(arrays["costs"].reshape(12, 1000).sum(1))
     line = f"--dataset {path} --cost-limit {limit} --run-dir {tmp_path / 'h'}"
     assert run(SWIMMER_RUN, line) == 0
-    content = check_metrics(tmp_path / "h", episodes=2)
-    assert content["cost_limit"] == limit
+    check_metrics(tmp_path / "h", episodes=2)
 
 
-def test_labels_from_a_file_need_no_cost_at_all(swimmer, tmp_path, capfd):
+def test_labels_from_a_person_from_export_to_table(swimmer, tmp_path, capfd):
     arrays = {key: value for key, value in swimmer[1].items() if key != "costs"}
     path = write_hdf5(tmp_path / "no_costs.hdf5", arrays)
-    labels = [(e, "preferred" if e % 2 else "dispreferred") for e in range(8)]
-    labels = write_preferences(tmp_path / "labels.csv", labels)
-    line = f"--dataset {path} --preferences {labels} --run-dir {tmp_path / 'i'}"
+    line = f"--dataset {path} --run-dir {tmp_path / 'i'}"
+    assert run(SWIMMER_RUN, line, "--export-episodes 8") == 0
+    labels = tmp_path / "i" / "labels.csv"
+    rows = list(csv.DictReader(labels.read_text().splitlines()))
+    assert len(rows) == 8 and len({row["episode"] for row in rows}) == 8
+    row = rows[3]
+    returns = arrays["rewards"].reshape(12, 1000).sum(1)[int(row["episode"])]
+    assert float(row["return"]) == pytest.approx(returns, rel=1e-3)
+    assert int(row["last_row"]) - int(row["first_row"]) == 999
+    line = f"--dataset {path} --preferences {labels} --run-dir {tmp_path / 'j'}"
+    assert run(SWIMMER_RUN, line) == 2 and "is not filled in" in capfd.readouterr().err
+    assert run(SWIMMER_RUN, f"--dataset {path} --run-dir {tmp_path / 'i'} --export-episodes 8") == 2
+    assert "may hold somebody's work" in capfd.readouterr().err
+    filled = [(r["episode"], ["preferred", "dispreferred"][i % 2]) for i, r in enumerate(rows)]
+    write_preferences(labels, filled)
     assert run(SWIMMER_RUN, line) == 0
-    data = check_metrics(tmp_path / "i", episodes=2)["data"]
-    assert (data["preferred"], data["dispreferred"]) == (4, 4) and "cost_mean" not in data
-    labels.unlink()  # the run knows them, also for its report
-    assert run_all("report", tmp_path / "i").returncode == 0
-    assert metrics(tmp_path / "i")["data"]["divergence_bits"] is None  # of costs, which are unknown
-    write_preferences(labels, [(0, "preferred"), (1, "dispreferred")])
-    assert run(SWIMMER_RUN, line) == 2
-    assert "has another --preferences" in capfd.readouterr().err
+    check_metrics(tmp_path / "j", episodes=2)
+
+
+def test_labels_that_say_nothing_get_a_warning(capfd):
+    name = "accuracy/heldout/preferred_dispreferred"
+    for curve, words in ([{name: 0.55}], "55%"), ([{name: 0.9}], ""), ([], ""):
+        prefine.warn_if_weak(curve)
+        found = capfd.readouterr().out
+        assert bool(words) == ("warning" in found) and words in found
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -1716,56 +1470,162 @@ def help_text(capfd):
     return capfd.readouterr().out
 
 
-def test_a_command_without_a_task_gets_one_sentence(tmp_path, monkeypatch, capfd, cache):
-    monkeypatch.chdir(tmp_path)
-    assert run("") == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "--env" in error and "OfflineBallCircle" in error
-
-
 def test_every_flag_has_its_line_of_help(capfd):
     lines = help_text(capfd)
     for name in vars(flags()):
         assert f"--{name.replace('_', '-')}" in lines
 
 
+@fast
 def test_a_method_is_a_set_of_flags_and_flags_override_it():
-    assert flags("--method dpo").contrast_pair == 1 and flags("--method dpo").kl == 0
-    assert flags("--method dpo").contrast_preferred == 0
-    assert flags("--method dpo --contrast-preferred 0.7").contrast_preferred == 0.7
+    assert flags("--method dpo").pair == 1 and flags("--method dpo").contrast == 0
+    assert flags("--method dpo --contrast 0.7").contrast == 0.7
+    assert flags("--beta 0.1").beta == 0.1 and flags("--beta 0.1").pair == 0
 
 
-def test_the_module_and_a_policy_of_ones_own_need_only_torch_and_numpy():
-    code = """
+def test_workers_are_the_processors_that_this_process_may_use():
+    code = "import os\nos.sched_setaffinity(0, {0})\nimport prefine\nprint(prefine.parse_args([]).workers)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_a_home_that_cannot_be_written_names_the_variable(tmp_path):
+    data = write_hdf5(tmp_path / "data.hdf5", small_arrays())
+    variables = {k: v for k, v in os.environ.items() if k != "DSRL_DATASET_DIR"}
+    line = ["--env", BALL, "--dataset", data, "--run-dir", tmp_path / "run"]
+    done = command(*line, env=variables | {"HOME": "/proc/nowhere"})
+    assert done.returncode == 2 and "set DSRL_DATASET_DIR" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+WITHOUT = """
 import sys
-for name in ["h5py", "tqdm", "scipy", "dsrl", "gymnasium", "matplotlib", "gym", "safety_gymnasium",
-             "bullet_safety_gym", "pybullet", "mujoco"]:
+for name in sys.argv[1].split():
     sys.modules[name] = None  # importing it fails as if it were not installed
 import prefine
-assert prefine.parse_args([]).beta > 0
+sys.exit(prefine.main(sys.argv[2:]))
 """
-    line = [sys.executable, "-c", code]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=HERE)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    # So does aligning a policy of one's own, as the README shows it, and its example by hand.
-    text = (HERE / "README.md").read_text().split("## Your own policy")[1]
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code += (
-        "\n".join(blocks)
-        + """
-rng, last = np.random.default_rng(0), np.arange(1, 401) % 50 == 0  # 8 episodes of 50 steps
-arrays = rng.normal(size=(400, 5)), rng.normal(size=(400, 2)), rng.normal(size=400), last, 0 * last
-agent, labels = Agent(5, 2), ([0, 2, 4], [1, 3])
-other = align(agent, arrays, *labels)
-assert type(other) is Agent and not torch.equal(other.actor_logstd, agent.actor_logstd)
-assert torch.equal(other.critic[0].weight, agent.critic[0].weight)
+
+
+def test_a_copy_of_the_one_file_does_everything_also_without_what_draws(ball_run, tmp_path, cache):
+    shutil.copy(HERE / "prefine.py", tmp_path)
+    (tmp_path / "without.py").write_text(WITHOUT)
+    missing = "matplotlib tensorboard torch.utils.tensorboard"
+    line = [sys.executable, "without.py", missing, *BALL_RUN.split()]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in "matplotlib", "tensorboard":
+        assert done.stdout.count(f"{name} is missing; pip install {name}") == 1
+    assert done.stdout.index("| prefine ") < done.stdout.index("matplotlib is missing")
+    (folder,) = (tmp_path / "runs").iterdir()
+    same_run(folder, ball_run[0])
+    assert not list(folder.glob("*.png")) and not list(folder.glob("events*"))
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+import torch, prefine
+
+class Mine(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(7, 2)
+    def forward(self, observations):
+        return torch.tanh(self.layer(observations)), 1
+
+metrics, _ = prefine.evaluate(Mine(), "OfflineBallRun", episodes=2, workers={workers})
+print(metrics["episodes"])
 """
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("how", ["file", "standard input"])
+def test_a_class_of_a_script_without_a_main_guard_is_evaluated(how, workers, tmp_path, cache):
+    script = SCRIPT.format(here=str(HERE), workers=workers)
+    (tmp_path / "script.py").write_text(script)
+    line = [sys.executable, "script.py" if how == "file" else "-"]
+    done = subprocess.run(
+        line, input=script, capture_output=True, text=True, cwd=tmp_path, timeout=100
     )
-    done = subprocess.run([*line[:2], code], capture_output=True, text=True, cwd=HERE)
-    assert (done.returncode, done.stdout) == (0, "0.375 -0.125 13.61\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
-def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run, tmp_path):
+def test_what_a_worker_cannot_import_is_named(tmp_path, cache):
+    (tmp_path / "here.py").write_text("def controller(env, seed): return lambda o: o[:2]")
+    code = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import importlib.util, prefine
+spec = importlib.util.spec_from_file_location("here", "here.py")
+here = sys.modules["here"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(here)
+sys.path[:] = [p for p in sys.path if p not in ("", {str(tmp_path)!r})]
+try:
+    prefine.run_episodes("OfflineBallRun-v0", here.controller, range(2), 2, "test")
+except prefine.UserError as error:
+    print(error)
+"""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "script.py").write_text(code)
+    line = [sys.executable, "sub/script.py"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert "No module named 'here'" in done.stdout and "--workers 1" in done.stdout, done.stderr
+
+
+# -------------------------------------------------------------------------------------- summary
+def fake_run(folder, config, before, after):
+    """A run folder with these (return, cost), as if measured."""
+    folder.mkdir(parents=True)
+    preset = vars(flags(f"--method {config.get('method', 'prefine')}"))
+    files = {"dataset_sha256": "ab12" * 16}
+    config = preset | {"env": BALL, "cost_limit": 10.0, "dataset": "scripted"} | files | config
+    (folder / "config.json").write_text(json.dumps(config))
+    content = {}
+    for name, (score, cost) in {"pretrained": before, "finetuned": after}.items():
+        part = {"return_mean": score, "cost_mean": cost, "violation_rate": float(cost > 10)}
+        part |= {"return_ci95": [score, score], "cost_ci95": [cost, cost], "failure_rate": 0.0}
+        content[name] = part
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def table(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+def test_a_summary_has_a_row_for_each_set_of_flags_and_tests_it_against_the_default(
+    tmp_path, capfd
+):
+    for seed in range(5):
+        names = {"default": {}, "beta": {"beta": 5.0}, "dpo": {"method": "dpo"} | METHOD_DPO}
+        names["other data"] = {"dataset_sha256": "cd34" * 16}
+        names["labels"] = {"preferences": "x/labels.csv", "preferences_sha256": "ef56" * 16}
+        for i, (name, config) in enumerate(names.items()):
+            after = (100.0 + seed + 10 * i, 1.0 + i)
+            fake_run(
+                tmp_path / f"{name}{seed}", {"seed": seed} | config, (200.0 + seed, 50.0), after
+            )
+    assert run("--summary", str(tmp_path)) == 0
+    rows = {(row["data"], row["method"]): row for row in table(capfd.readouterr().out)}
+    data, other = "BallCircle, scripted ab12, limit 10", "BallCircle, scripted cd34, limit 10"
+    methods = {"prefine", "prefine --beta 5.0", "dpo", "pre-trained"}
+    methods.add("prefine --preferences x/labels.csv ef56")
+    assert set(rows) == {(data, m) for m in methods} | {(other, "prefine"), (other, "pre-trained")}
+    default, beta = rows[data, "prefine"], rows[data, "prefine --beta 5.0"]
+    assert default["return"].startswith("102 [100.8, 103.") and default["seeds"] == "5"
+    assert beta["p return, cost"] == "0.062, 0.062"  # 2 / 2^5: every one of five seeds agrees
+    assert rows[data, "pre-trained"]["violations"] == "100%"
+    with open(tmp_path / "summary.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+METHOD_DPO = prefine.METHODS["dpo"]
+
+
+# ------------------------------------------------------------------------- run_all.sh and README
+def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run, tmp_path, cache):
     here = tmp_path / "it's a folder"
     (here / ".venv" / "bin").mkdir(parents=True)
     for name in "prefine.py", "run_all.sh":
@@ -1774,261 +1634,67 @@ def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     checksum = "sed -n '/^# \\/\\/\\/ script$/,/^# \\/\\/\\/$/p' prefine.py | cksum"
-    line = f'echo "$({checksum}) 3.11" > .venv/stamp && bash run_all.sh '
-    flags = BALL_RUN.replace("--no-report", "--run-dir runs/one")
-    for verb in f"demo {flags}", "summary":
-        command = ["bash", "-c", line + verb.replace("\n", " ")]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here)
-        assert done.returncode == 0, done.stderr
-    found, expected = metrics(here / "runs" / "one"), metrics(ball_run[0])
-    assert (here / "runs" / "one" / "report.png").exists()  # drawing it adds to "data"
-    found["data"] = {key: found["data"][key] for key in expected["data"]}
-    assert found == expected
-    assert "OfflineBallCircle (scripted, limit 10) | prefine | 1" in done.stdout
-    assert (here / "runs" / "summary.csv").exists()
-    # Without a verb: what has its result is not run again, and what fails is named.
-    (here / "runs" / "one").rename(here / "runs" / "OfflineBallCircle__prefine__1")
-    for task, code in ("OfflineBallCircle", 0), ("OfflineNothing", 1):
-        variables = os.environ | dict(TASKS=task, METHODS="prefine", SEEDS="1")
-        command = ["bash", "-c", line + "-j 2"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=variables)
-        assert done.returncode == code, done.stderr
-        assert ("scripted, limit 10) | prefine | 1" in done.stdout) == (code == 0)
-        assert ("runs/logs/OfflineNothing__prefine__1.log" in done.stderr) == (code == 1)
-    assert "no such DSRL task" in (here / "runs/logs/OfflineNothing__prefine__1.log").read_text()
+    stamp = f'echo "$({checksum}) 3.11" > .venv/stamp && '
+    small = BALL_RUN.replace("\n", " ")
 
+    def run_all(*arguments, **variables):
+        line = ["bash", "-c", f'{stamp} bash run_all.sh "$@"', "run_all", *arguments]
+        env = os.environ | variables
+        return subprocess.run(line, capture_output=True, text=True, cwd=here, env=env)
 
-def run_all(*arguments):
-    line = ["bash", str(HERE / "run_all.sh"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True)
-
-
-def read_png(path):
-    from matplotlib.image import imread
-
-    return imread(path)
-
-
-@pytest.fixture(scope="module")
-def reported(ball_run, tmp_path_factory):
-    """A complete run, asked for what is drawn of it."""
-    folder = tmp_path_factory.mktemp("reported") / "run"
-    shutil.copytree(ball_run[0], folder)
-    flags = BALL_RUN.replace("--no-report", "--capture-video").split()
-    done = command(*flags, "--run-dir", folder, cwd=folder.parent)
-    assert done.returncode == 0 and "complete" in done.stdout, done.stderr
-    return folder
-
-
-def test_the_report_measures_how_far_the_two_sets_are_apart(reported, ball_run, cache, ball):
-    data, before = metrics(reported)["data"], metrics(ball_run[0])
-    assert {key: data[key] for key in before["data"]} == before["data"]
-    histograms = data["cost_histograms"]
-    assert sum(histograms["preferred"]) == 4 and sum(histograms["dispreferred"]) == 3
-    shares = [np.array(histograms[label]) / sum(histograms[label]) for label in prefine.LABELS]
-    middle = np.mean(shares, axis=0)
-    divergence = 0.0
-    for share in shares:  # Jensen and Shannon: the mean of KL(share | middle), in bits
-        some = share > 0
-        divergence += 0.5 * np.sum(share[some] * np.log2(share[some] / middle[some]))
-    assert data["divergence_bits"] == pytest.approx(divergence)
-    dataset = prefine.load_dataset(cache / f"{BALL}-scripted-24.hdf5", ball)
-    sets = prefine.draw_preferences(dataset.sums(dataset.costs), 10, 4, 3, seed=1)
-    episodes = [*sets["preferred"], *sets["dispreferred"]]
-    labelled = dataset.observations[dataset.rows(episodes)]
-    states = ((dataset.observations - labelled.mean(0)) / (labelled.std(0) + 1e-6)).double()
-    near = []
-    for own in sets["dispreferred"]:
-        distances = [
-            torch.cdist(states[dataset.rows([own])], states[dataset.rows([e])]).min(1).values
-            for e in episodes
-            if e != own
-        ]
-        near += [*(torch.stack(distances).argmin(0) < 4)]
-    assert data["near_share"] == pytest.approx(np.mean(near), abs=0.005)
-
-
-def test_the_report_has_the_margins_before_and_after(reported):
-    percentiles = metrics(reported)["data"]["margin_percentiles"]
-    assert percentiles["percents"] == [5, 25, 50, 75, 95]
-    assert {f"train/{pair}" for pair in prefine.PAIRS} <= set(percentiles["after"])
-    for name, values in percentiles["after"].items():
-        assert values == sorted(values) and percentiles["before"][name] == [0.0] * 5
-    # The contrasts that the loss has are what training raises.
-    assert percentiles["after"]["train/counterfactual_dispreferred"][2] > 0
-
-
-def test_the_report_is_drawn_and_tensorboard_reads_its_events(reported):
-    picture = read_png(reported / "report.png")
-    assert picture.shape[0] > 500 and len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(reported))
-    events.Reload()
-    names = set(events.Tags()["scalars"])
-    assert {"losses/pretrain/imitation", "losses/finetune/contrast_preferred"} <= names
-    costs = [event.value for event in events.Scalars("eval/cost_mean")]
-    content = metrics(reported)
-    expected = [content[name]["cost_mean"] for name in ("pretrained", "finetuned")]
-    assert costs == pytest.approx(expected)
-
-
-def test_a_report_twice_gives_the_same(reported, tmp_path):
-    shutil.copytree(reported, tmp_path / "again")
-    assert run_all("report", tmp_path / "again").returncode == 0
-    assert metrics(tmp_path / "again") == metrics(reported)
-    assert len(list((tmp_path / "again").glob("events.out.*"))) == 1
-
-
-def test_a_run_that_is_replaced_is_drawn_anew(reported, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(reported, folder)
-    before = (folder / "report.png").read_bytes()
-    flags = BALL_RUN.replace("--no-report", "--no-resume --finetune-updates 0")
-    done = command(*flags.split(), "--run-dir", folder)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert (folder / "report.png").read_bytes() != before
-    assert not list(folder.glob("*.gif")) and "warning" not in done.stdout
-    assert len(list(folder.glob("events.out.*"))) == 1
-    assert metrics(folder)["data"]["divergence_bits"] is not None
-
-
-def test_a_copy_without_run_all_names_it_and_the_way_on(ball_run, tmp_path):
-    shutil.copy(HERE / "prefine.py", tmp_path / "alone.py")
-    shutil.copytree(ball_run[0], tmp_path / "run")
-    line = [sys.executable, str(tmp_path / "alone.py"), "--run-dir", str(tmp_path / "run")]
-    for flags, code in (BALL_RUN, 0), (BALL_RUN.replace("--no-report", ""), 2):
-        done = subprocess.run([*line, *flags.split()], capture_output=True, text=True)
-        assert done.returncode == code
-        assert ("run_all.sh" in done.stderr and "--no-report" in done.stderr) == (code == 2)
-
-
-def test_a_video_of_the_policy_before_and_after(reported):
-    from PIL import Image
-
-    for name in "before", "after":
-        with Image.open(reported / f"{name}.gif") as video:
-            assert video.n_frames > 10 and video.size[0] > 100
-
-
-def test_without_the_packages_that_draw_there_is_a_sentence_for_each(ball_run, tmp_path):
-    folder, missing = tmp_path / "run", tmp_path / "missing"
-    shutil.copytree(ball_run[0], folder)
-    for name in "matplotlib", "tensorboard", "wandb":
-        (missing / name).mkdir(parents=True)
-        (missing / name / "__init__.py").write_text(f"raise ImportError('no {name}')")
-    flags = BALL_RUN.replace("--no-report", "--track").split()
-    path = os.environ | {"PYTHONPATH": str(missing)}
-    done = command(*flags, "--run-dir", folder, env=path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "fine-tuned" in done.stdout  # the run itself has ended well
-    for name in "matplotlib", "tensorboard", "wandb":
-        assert f"pip install {name}" in done.stdout + done.stderr
-    assert not (folder / "report.png").exists() and not list(folder.glob("events.*"))
-    assert "divergence_bits" in metrics(folder)["data"]  # what is measured needs no picture
-
-
-def test_what_a_person_needs_to_label_episodes_is_written_once(ball_run, tmp_path):
-    line = "--env OfflineBallCircle --dataset scripted --scripted-episodes 24 --run-dir label"
-    done = command(*line.split(), "--export-episodes", 6, cwd=tmp_path)
+    done = run_all("demo", *small.split(), "--run-dir", "runs/one")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "label"
-    lines = (folder / "labels.csv").read_text().splitlines()
-    assert lines[0] == "episode,label,length,return" and len(lines) == 7
-    assert read_png(folder / "episodes.png").shape[0] > 200
-    for number, reason in (6, "exists"), (25, "have 24 episodes"):
-        again = command(*line.split(), "--export-episodes", number, cwd=tmp_path)
-        assert again.returncode == 2 and reason in again.stderr and again.stderr.count("\n") == 1
-        line = line.replace("label", "other")
-    filled = [lines[0]]
-    for i, row in enumerate(lines[1:]):
-        filled.append(row.replace(",,", f",{prefine.LABELS[i % 2]},"))
-    (folder / "labels.csv").write_text("\n".join(filled))
-    found = prefine.read_preferences(folder / "labels.csv", 24)
-    assert len(found["preferred"]) == len(found["dispreferred"]) == 3
-
-
-def two_behaviours(path, episodes=24, steps=20):
-    """Data of BallCircle's shapes: even episodes go right, odd ones left."""
-    rng, n = np.random.default_rng(0), episodes * steps
-    side = np.where(np.arange(n) // steps % 2 == 0, 0.3, -0.3)[:, None]
-    arrays = {
-        "observations": rng.normal(side, size=(n, 8)),
-        "actions": rng.uniform(-0.6, 0.6, (n, 2)),
-    }
-    arrays["observations"][:, 3] = 1  # says nothing
-    arrays["actions"] += side
-    arrays |= {"rewards": rng.normal(size=n), "terminals": np.zeros(n)}
-    return write_hdf5(path, arrays | {"timeouts": np.arange(1, n + 1) % steps == 0}), arrays
-
-
-def checked(path, labels, data):
-    """Episodes that ``run_all.sh check`` names, and what it says of each; the labels it leaves."""
-    write_preferences(path, labels)
-    done = run_all("check", path, "--env", BALL, "--dataset", data)
+    same_run(here / "runs" / "one", ball_run[0])
+    done = run_all("summary")
+    assert done.returncode == 0 and "--scripted-episodes 24" in done.stdout
+    # An experiment of the list, made small by replacing the list's flags.
+    script = (here / "run_all.sh").read_text()
+    assert '"--env OfflineBallCircle --dataset scripted"' in script
+    small = small.replace("--seed 1", "")
+    (here / "run_all.sh").write_text(
+        script.replace('"--env OfflineBallCircle --dataset scripted"', f'"{small}"')
+    )
+    only = {"ONLY": "OfflineBallCircle.*--seed 1 --method prefine", "SEEDS": "1"}
+    done = run_all("-j", "2", **only)
     assert done.returncode == 0, done.stderr
-    named = {int(line.split()[1][:-1]): line for line in done.stdout.splitlines()[:-1]}
-    left = prefine.read_preferences(path.with_suffix(".checked.csv"), 1000)
-    return named, left
+    (made,) = [path for path in (here / "runs").glob("OfflineBallCircle-v0__prefine__1__*")]
+    same_run(made, ball_run[0])
+    done = run_all("-j", "2", ONLY="OfflineBallCircle.*--method prefine", SEEDS="-1")
+    assert done.returncode == 2 and "failed, see runs/logs" in done.stderr
+    for arguments in (["-j", "x"], ["nonsense"]):
+        done = run_all(*arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-def test_labels_that_the_others_contradict_are_named_and_left_out(tmp_path):
-    data, _ = two_behaviours(tmp_path / "data.hdf5")
-    truth = {e: prefine.LABELS[e % 2] for e in range(24)}
-    for wrong in [], [3, 4, 10, 17]:
-        given = truth | {e: prefine.LABELS[1 - e % 2] for e in wrong}
-        named, left = checked(tmp_path / "labels.csv", given.items(), data)
-        assert sorted(named) == wrong
-        for e in wrong:
-            assert f"episode {e}: {given[e]}, and the other labels say {truth[e]}" in named[e]
-        kept = {e: label for label, episodes in left.items() for e in episodes}
-        assert kept == {e: label for e, label in given.items() if e not in wrong}
+def readme_code(title):
+    text = (HERE / "README.md").read_text().split(f"## {title}")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_few_labels_and_many_of_one_side_can_be_checked(tmp_path):
-    data, _ = two_behaviours(tmp_path / "data.hdf5")
-    for episodes in [0, 1], [1, 3, *range(0, 24, 2)]:
-        labels = [(e, prefine.LABELS[e % 2]) for e in episodes]
-        named, left = checked(tmp_path / "labels.csv", labels, data)
-        assert not named and sorted(sum(left.values(), [])) == sorted(episodes)
+def test_the_readmes_python_example_ends_in_its_printed_result(ball_run, tmp_path, cache):
+    """From a folder beside the clone, as a script on standard input."""
+    (clone := tmp_path / "prefine").mkdir()
+    (beside := tmp_path / "project").mkdir()
+    shutil.copy(HERE / "prefine.py", clone)
+    code = "\n".join(readme_code("From Python"))
+    line = [sys.executable, "-"]
+    done = subprocess.run(line, input=code, capture_output=True, text=True, cwd=beside)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^before: return -?\d+, cost \d+$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^after: return -?\d+, cost \d+$", done.stdout, re.MULTILINE), done.stdout
 
 
-def test_how_far_a_label_is_contradicted_is_what_a_fit_without_it_predicts(tmp_path):
-    from scipy.stats import rankdata
-
-    data, arrays = two_behaviours(tmp_path / "data.hdf5")
-    labels = [(e, prefine.LABELS[e % 2 if e != 4 else 1]) for e in [2, 4, 1, 6, 7, 9, 0, 11, 13]]
-    (line,) = checked(tmp_path / "labels.csv", labels, data)[0].values()
-    sides = np.array([1 if label == "preferred" else -1 for _, label in labels])
-    steps = np.concatenate([arrays["observations"], arrays["actions"]], 1, dtype=float)
-    steps = steps.reshape(24, -1, steps.shape[1])[[e for e, _ in labels]]
-    moments = np.concatenate([steps.std(1), steps.mean(1)], 1)
-    n, (i,) = len(labels), [i for i, (e, _) in enumerate(labels) if e == 4]
-    features = np.sqrt(3) * (2 * rankdata(moments, axis=0) - n - 1) / n  # of variance about 1
-    features = np.c_[np.ones(n), features / np.sqrt(features.shape[1])]
-    # Ridge regression in its primal form, on all but one; each side has the same total weight.
-    others, weights = np.arange(n) != i, 1 / (1 + sides * sides.mean())
-    x, w = features[others], weights[others, None]
-    fit = np.linalg.solve(x.T @ (w * x) + np.eye(x.shape[1]), x.T @ (w[:, 0] * sides[others]))
-    assert line.endswith(f"by {-sides[i] * (features[i] @ fit):.2f}")
+def test_the_readmes_example_by_hand_is_right():
+    (code,) = readme_code("The method")
+    done = subprocess.run(
+        [sys.executable, "-"], input=code, capture_output=True, text=True, cwd=HERE
+    )
+    expected = re.findall(r"# prints (.*)", code)
+    assert expected and done.stdout.splitlines() == expected, done.stderr
 
 
-def test_a_picture_of_what_is_no_run_gets_one_sentence(tmp_path):
-    done = run_all("report", tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert str(tmp_path) in done.stderr
-
-
-def test_an_unknown_verb_of_run_all_gets_one_sentence():
-    line = ["bash", str(HERE / "run_all.sh"), "nonsense"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "nonsense" in done.stderr and "demo" in done.stderr and done.stdout == ""
-
-
-@pytest.mark.skipif(not (HERE / "README.md").exists(), reason="there is no README yet")
 def test_every_flag_that_the_readme_names_exists(capfd):
-    known = set(re.findall(r"--[a-z][a-z-]*", help_text(capfd))) | {"--osrl"}  # of the benchmark
+    known = set(re.findall(r"--[a-z][a-z-]*", help_text(capfd))) | {"--osrl", "--slurm", "--quick"}
     for line in (HERE / "README.md").read_text().splitlines():
         if not re.search(r"\b(pip|uv|git|pytest|docker|sbatch)\b", line):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) <= known, line
@@ -2041,135 +1707,83 @@ def seconds(work, *arguments):
     return time.perf_counter() - start
 
 
-def median_ratio(first, second, repeats):
-    """Median of the ratios of two durations (or per-update times), measured in turn."""
-    return statistics.median(first() / second() for _ in range(repeats))
-
-
-def bare_update(observations, outputs, batch, updates=300, compiled=False):
-    """Seconds of a bare forward, backward and fused-Adam step of the default policy."""
-    policy = prefine.GaussianPolicy([-1] * outputs, [1] * outputs, *np.ones((2, observations)))
+def bare_updates(count):
+    """A bare forward, backward and fused-Adam step of the default policy, so many times."""
+    policy = prefine.GaussianPolicy([-1] * 2, [1] * 2, *np.ones((2, 88)))
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)
-    states = torch.randn(batch, observations)
-    forward = torch.compile(policy) if compiled else policy
-
-    def work(count):
-        for _ in range(count):
-            optimizer.zero_grad()
-            mean, std = forward(states)
-            (mean + std).square().mean().backward()
-            optimizer.step()
-
-    work(1)  # compiles
-    return seconds(work, updates) / updates
+    states = torch.randn(256, 88)
+    for _ in range(count):
+        optimizer.zero_grad()
+        mean, std = policy(states)
+        (mean + std).square().mean().backward()
+        optimizer.step()
 
 
-def update_seconds(train, stage, updates=300):
-    """Seconds of one update: what is prepared once, as by a run of no update, is taken off."""
-    long, short = (flags(f"--{stage}-updates {n}") for n in (updates, 0))
-    return (seconds(train, long) - seconds(train, short)) / updates
-
-
-def benchmark_arrays(episodes):
+def car_button_arrays(episodes):
     """CarButton1's shapes: 88 observations, half of them 0 as lidars are, 2 actions."""
     rng, rows = np.random.default_rng(0), 1000 * episodes
     observations = rng.integers(-500, 500, (rows, 88), np.int16).astype(np.float32) / 1000
     arrays = {"observations": np.maximum(observations, 0, out=observations)}
     arrays["actions"] = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
     arrays["rewards"] = rng.normal(size=rows).astype(np.float32)
-    costs = np.repeat(np.arange(episodes) % 2, 1000) * (rng.uniform(size=rows) < 0.1)
-    arrays |= {"costs": costs.astype(np.float32), "terminals": np.zeros(rows, bool)}
+    arrays |= {"costs": np.zeros(rows, np.float32), "terminals": np.zeros(rows, bool)}
     return arrays | {"timeouts": np.arange(1, rows + 1) % 1000 == 0}
 
 
-LOAD = """
-import sys, time, h5py, numpy as np, prefine
-env = prefine.import_simulators().make("OfflineCarButton1Gymnasium-v0")
-keys = "observations actions rewards costs terminals timeouts".split()
-def memory(key):
-    return 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
-def bare():
-    with h5py.File(sys.argv[1]) as file:
-        return {key: file[key][:] for key in keys}
-def timed(work):
-    start = time.perf_counter(); work(); return time.perf_counter() - start
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
-start = memory("VmRSS"); prefine.load_dataset(sys.argv[1], env); peak = memory("VmHWM") - start
-size = sum(array.nbytes for array in bare().values())
-ratios = [timed(lambda: prefine.load_dataset(sys.argv[1], env)) / timed(bare) for _ in range(3)]
-print(np.median(ratios), peak / size)
-"""
-
-
-def bench(full=True):
-    """Print the speed figures, ratios of two things measured in turn, each with its bar."""
-
-    def show(name, value, bar=None):
-        print(f"{name}: {value:.3f}" + (f" ({bar})" if bar else ""), flush=True)
-
+def bench(episodes):
+    """Print the speed figures: ratios of two things measured in turn, medians of several."""
     torch.set_num_threads(1)
-    sizes, car = (266, 2656) if full else (266,), "OfflineCarButton1Gymnasium-v0"
-    for episodes in sizes:
-        tag = "" if episodes == sizes[-1] and full else "_at_10_percent"
-        with tempfile.TemporaryDirectory() as folder:
-            path = write_hdf5(Path(folder) / "data.hdf5", benchmark_arrays(episodes))
-            line = [sys.executable, "-c", LOAD, str(path)]
-            done = subprocess.run(line, capture_output=True, text=True, cwd=HERE, check=True)
-        for name, value, bar in zip(("time", "memory"), done.stdout.split(), ("1.2", "1.3")):
-            show(f"load_{name}_ratio{tag}", float(value), bar)
-    arrays = benchmark_arrays(sizes[-1])
-    large = prefine.make_dataset(**arrays)
-    small = prefine.make_dataset(**{key: value[:10_000] for key, value in arrays.items()})
-    policy = prefine.GaussianPolicy(*BOX, np.zeros(88), np.ones(88))
-    pairs = {"preferred": [0, 1], "dispreferred": [2, 3]}
+    car, arrays = "OfflineCarButton1Gymnasium-v0", car_button_arrays(episodes)
 
-    def finetune_seconds(dataset):
-        return update_seconds(lambda a: prefine.finetune(policy, dataset, pairs, a), "finetune")
+    def show(name, first, second, repeats):
+        ratios = [seconds(first) / seconds(second) for _ in range(repeats)]
+        print(f"| {name} | {statistics.median(ratios):.2f} |", flush=True)
 
-    def pretrain_seconds():
-        return update_seconds(lambda a: prefine.pretrain(small, BOX_SPACE, a), "pretrain")
+    def read(path):
+        import h5py
 
-    for name, work, bar in (
-        ("pretrain", pretrain_seconds, "1.15"),
-        ("finetune", lambda: finetune_seconds(small), "1.4"),
-    ):
-        show(f"{name}_update_ratio", median_ratio(work, lambda: bare_update(88, 2, 512), 9), bar)
-    growth = median_ratio(lambda: finetune_seconds(large), lambda: finetune_seconds(small), 9)
-    show("update_time_growth", growth, "1.1")
-    speedups = []
-    for _ in range(5):
-        one = finetune_seconds(small)
-        torch.set_num_threads(2)
-        speedups.append(one / finetune_seconds(small))
-        torch.set_num_threads(1)
-    show("speedup_by_a_second_thread", statistics.median(speedups))
-    try:
-        compiled = functools.partial(bare_update, 88, 2, 512, compiled=True)
-        show("speedup_by_torch_compile", median_ratio(lambda: bare_update(88, 2, 512), compiled, 5))
-    except Exception as error:  # it needs a C++ compiler
-        print(f"speedup_by_torch_compile: not measured ({type(error).__name__})", flush=True)
+        with h5py.File(path) as file:
+            return [file[name][()] for name in arrays]
 
-    actor = functools.partial(prefine.policy_actor, policy, False)
-    for name, make_actor in ("evaluation", actor), ("collection", prefine.lidar_controller):
-        jobs = [(make_actor, seed) for seed in range(24)]  # the start of the workers counts little
-
-        def work(workers, jobs=jobs, name=name):
-            return seconds(prefine.run_episodes, car, jobs, workers, name)
-
-        ratios = [work(1) / work(2) for _ in range(3)]
-        show(f"{name}_speedup", statistics.median(ratios), "1.8")
-    act = actor(None, 0)
-    state, shares = np.zeros(88, np.float32), []
-    for seed in range(3):
-        alone = seconds(lambda: [act(state) for _ in range(1000)])
-        shares.append(alone / seconds(prefine.run_episode, car, actor, seed))
-    show("policy_share_of_evaluation", statistics.median(shares), "0.1")
+    print("| ratio | measured |\n|---|---:|")
     with tempfile.TemporaryDirectory() as folder:
-        line = f"--env {BALL} --dataset scripted --run-dir {folder}/run"
-        where = os.environ | {"DSRL_DATASET_DIR": folder}
-        done = command(*line.split(), env=where, check=True)
-        spent = json.loads((Path(folder) / "run" / "metrics.json").read_text())["seconds"]
-    show("demo_training_share", (spent["pretrain"] + spent["finetune"]) / sum(spent.values()))
+        path, env = write_hdf5(Path(folder) / "data.hdf5", arrays), prefine.make_env(car)
+        show(
+            "loading to h5py's reading",
+            lambda: prefine.load_dataset(path, env),
+            lambda: read(path),
+            3,
+        )
+    data = prefine.make_dataset(**arrays)
+    policy = prefine.GaussianPolicy(*BOX, np.zeros(88), np.ones(88))
+    pairs = {"preferred": list(range(40)), "dispreferred": list(range(40, 80))}
+    small = prefine.make_dataset(**{name: values[:80_000] for name, values in arrays.items()})
+
+    def train(updates, kind="finetune", data=small):
+        if kind == "pretrain":
+            return prefine.pretrain(data, BOX_SPACE, flags(f"--pretrain-updates {updates}"))
+        return prefine.finetune(policy, data, pairs, flags(f"--finetune-updates {updates}"))
+
+    show(
+        "a pre-training update to a bare one",
+        lambda: train(1000, "pretrain"),
+        lambda: bare_updates(1000),
+        5,
+    )
+    show("a fine-tuning update to a bare one", lambda: train(1000), lambda: bare_updates(1000), 5)
+    show(
+        "fine-tuning on all data to on 80 episodes",
+        lambda: train(500, data=data),
+        lambda: train(500),
+        5,
+    )
+    if len(os.sched_getaffinity(0)) > 1:
+
+        def evaluate(workers):
+            prefine.evaluate(policy, car, episodes=12, workers=workers)
+
+        evaluate(2)  # starts the workers
+        show("evaluation by one process to by two", lambda: evaluate(1), lambda: evaluate(2), 3)
 
 
 def import_osrl():
@@ -2187,18 +1801,17 @@ def import_osrl():
     return algorithms
 
 
-def osrl(task=BALL, bc_updates=100_000, cpq_updates=2_000):
+def osrl(task="OfflineBallCircle", bc_updates=100_000, cpq_updates=2_000):
     """PREFINE's fine-tuning beside OSRL's BC-Safe and CPQ: seconds, return, cost. One thread.
 
     The settings are those of OSRL's examples/configs. Batches are drawn in one indexing, which is
-    faster than its own loader; its evaluations while training are left out.
-    """
+    faster than its own loader; its evaluations while training are left out."""
     algorithms, updates = import_osrl(), 100_000  # updates: OSRL's default
-    args = flags(f"--env {task} --dataset scripted")
-    args.cost_limit = 10.0
+    args = flags("--dataset scripted")
+    args.env, limit = prefine.resolve_env(task)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    env = prefine.import_simulators().make(args.env)
+    env = prefine.make_env(args.env)
     data = prefine.load_dataset(prefine.find_dataset(args, env), env)
     costs = data.sums(data.costs)
     size = (env.observation_space.shape[0], env.action_space.shape[0], 1.0)
@@ -2206,25 +1819,24 @@ def osrl(task=BALL, bc_updates=100_000, cpq_updates=2_000):
 
     def play(name, spent, act):
         """One line of the table, with the results of 20 simulated episodes."""
-        jobs = [(lambda env, seed: act, seed) for seed in range(1_000_000, 1_000_020)]
-        runs = [prefine.run_episode(task, *job) for job in jobs]
-        score, cost = (np.mean([run[key].sum() for run in runs]) for key in ("rewards", "costs"))
+        episodes = prefine.run_episodes(
+            args.env, lambda env, seed: act, range(1_000_000, 1_000_020), 1, name
+        )
+        score, cost = (
+            np.mean([run[key].sum() for run in episodes]) for key in ("rewards", "costs")
+        )
         print(f"| {name} | {spent} | {score:.0f} | {cost:.1f} |", flush=True)
+
+    def act_by(policy):
+        return lambda observation: policy(torch.as_tensor(observation).float())[0].detach().numpy()
 
     print("| method | seconds of training | return | cost |\n|---|---|---|---|")
     results = []
-    spent = seconds(lambda: results.append(prefine.pretrain(data, BOX_SPACE, args)[0]))
-    play("pre-training", f"{spent:.0f}", prefine.policy_actor(results[0], False, env, 0))
-    chosen = prefine.draw_preferences(costs, 10, 40, 40, 0)
+    spent = seconds(lambda: results.append(prefine.pretrain(data, env.action_space, args)[0]))
+    play("pre-training", f"{spent:.0f}", act_by(results[0]))
+    chosen = prefine.draw_preferences(costs, limit, 40, 40, 0)
     spent = seconds(lambda: results.append(prefine.finetune(results[0], data, chosen, args)[0]))
-    play("PREFINE's fine-tuning", f"{spent:.0f}", prefine.policy_actor(results[1], False, env, 0))
-
-    arrays = dict(zip(("observations", "actions", "rewards", "costs"), data))
-    done = torch.zeros(len(data.rewards))  # these tasks never terminate
-    following = torch.cat([arrays["observations"][1:], arrays["observations"][-1:]])
-    inner = torch.ones(len(done), dtype=torch.bool)
-    inner[data.ends - 1] = False  # the last row of an episode has no next observation here
-    inner = inner.nonzero()[:, 0]
+    play("PREFINE's fine-tuning", f"{spent:.0f}", act_by(results[1]))
 
     def train(name, step, rows, slice_updates, act):
         def work():
@@ -2240,26 +1852,31 @@ def osrl(task=BALL, bc_updates=100_000, cpq_updates=2_000):
 
     model = algorithms.BC(*size, [256, 256], steps)
     trainer = algorithms.BCTrainer(model, env, actor_lr=1e-3)
+    is_safe = torch.from_numpy(costs <= limit).repeat_interleave(data.ends - data.starts)
+    rows = is_safe.nonzero()[:, 0]
     train(
         "OSRL BC-Safe",
-        lambda i: trainer.train_one_step(arrays["observations"][i], arrays["actions"][i]),
-        data.rows(np.flatnonzero(costs <= 10)),
+        lambda i: trainer.train_one_step(data.observations[i], data.actions[i]),
+        rows,
         bc_updates,
         model.act,
     )
-    shape = dict(a_hidden_sizes=[256, 256], c_hidden_sizes=[256, 256], vae_hidden_sizes=400)
-    shape |= dict(sample_action_num=10, beta=0.5, num_q=2, num_qc=2, episode_len=steps)
+    shape = {"a_hidden_sizes": [256, 256], "c_hidden_sizes": [256, 256], "vae_hidden_sizes": 400}
+    shape |= {"sample_action_num": 10, "beta": 0.5, "num_q": 2, "num_qc": 2, "episode_len": steps}
     model = algorithms.CPQ(*size, **shape)
-    rates = dict(actor_lr=1e-4, critic_lr=1e-3, alpha_lr=1e-4, vae_lr=1e-3)
+    rates = {"actor_lr": 1e-4, "critic_lr": 1e-3, "alpha_lr": 1e-4, "vae_lr": 1e-3}
     trainer = algorithms.CPQTrainer(model, env, reward_scale=0.1, **rates)
+    following = torch.cat([data.observations[1:], data.observations[-1:]])
+    is_inner = torch.ones(len(data.rewards), dtype=torch.bool)
+    is_inner[data.ends - 1] = False  # the last row of an episode has no next observation here
 
     def step(i):
-        batch = [arrays[key][i] for key in ("actions", "rewards", "costs")]
-        batch[1] = 0.1 * batch[1]
-        trainer.train_one_step(arrays["observations"][i], following[i], *batch, done[i])
+        batch = data.actions[i], 0.1 * data.rewards[i], data.costs[i], torch.zeros(len(i))
+        trainer.train_one_step(data.observations[i], following[i], *batch)
 
-    train("OSRL CPQ", step, inner, cpq_updates, lambda state: model.act(state, True, True)[0])
+    rows = is_inner.nonzero()[:, 0]
+    train("OSRL CPQ", step, rows, cpq_updates, lambda state: model.act(state, True, True)[0])
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
-    osrl() if "--osrl" in sys.argv else bench(full="--quick" not in sys.argv)
+    osrl() if "--osrl" in sys.argv else bench(266 if "--quick" in sys.argv else 2656)
