@@ -18,15 +18,16 @@
     python prefine.py --summary runs                               # one table of many runs
 
 A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe), a few
-dispreferred. A counterfactual keeps a preferred trajectory's states s and replaces its actions a by
-c ~ pi_ref(.|s), what the policy would have done there. With the log-ratio
-h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
+dispreferred. In a state s of a preferred trajectory a is the action taken, and its counterfactual
+c ~ pi_ref(.|s) what the policy would have done. With h(s, a) = log pi(a|s) - log pi_ref(a|s),
+fine-tuning minimises
 
-    E [ -log sigmoid(beta (h(s, a) - h(s, c))) / beta    preferred > counterfactual
-        -h(s, a) ]                                       imitation
+    contrast  * E[ -log sigmoid(beta (h(s, a) - h(s, c))) / beta ]    a is preferred to c
+  + imitation * E[ -h(s, a) ]                                         a is likely
 
-each times its weight, over steps of the preferred trajectories, drawn more often where a
-trajectory's return is higher. A preferred trajectory that looks dispreferred is left out.
+over steps (s, a) of the preferred trajectories, drawn more often where the trajectory's return is
+high. A preferred trajectory is left out if most of its steps lie nearest to dispreferred ones;
+that is all that these do by default. The method is the loop in finetune().
 """
 
 import argparse
@@ -40,7 +41,6 @@ import hashlib
 import inspect
 import json
 import math
-import mmap
 import os
 import re
 import socket
@@ -51,10 +51,12 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import h5py
 import joblib
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
@@ -75,35 +77,39 @@ METHODS = {  # corners of one flag space: same network, data, labels, updates an
     "imitation": {"contrast": 0.0, "ess": 1.0, "leave_out": 1.0},
     "dpo": {"contrast": 0.0, "imitation": 0.0, "pair": 1.0, "ess": 1.0, "leave_out": 1.0},
 }
+SHARES = ["wrong_labels", "pretrain_top", "ess", "leave_out"]
+POSITIVE = ["workers", "scripted_episodes", "preferred", "dispreferred", "export_episodes"]
+POSITIVE += ["hidden", "batch_size", "eval_episodes", "beta", "pretrain_lr", "finetune_lr"]
 
 
 def parse_args(argv=None):
     """Flags to a namespace; ``parse_args(["--beta", "0.5"])`` has the defaults of all others."""
-    parser = argparse.ArgumentParser("prefine.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("prefine.py", allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = functools.partial(require, False)  # main() prints it, as any other bad input
+    home = os.path.expanduser
 
     add = parser.add_argument_group("run").add_argument
     add("--env", help="DSRL task, such as OfflineCarButton1")
-    add("--method", choices=METHODS, default="prefine", help="preset; other flags still apply")
+    add("--method", choices=METHODS, default="prefine", help="preset of the flags of fine-tuning")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cpu", help="torch device to train on: cpu, cuda, cuda:1")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="parallel simulators")
-    add("--run-dir", metavar="FOLDER", help="results; else runs/ENV__METHOD__SEED__DIGEST")
-    add("--summary", metavar="FOLDER", help="print one table of all runs in it, and end")
+    add("--run-dir", type=home, metavar="FOLDER", help="else runs/ENV__METHOD__SEED__DIGEST")
+    add("--summary", type=home, metavar="FOLDER", help="print one table of all runs in it, and end")
 
     add = parser.add_argument_group("data and preferences").add_argument
-    add("--dataset", default="dsrl", help="dsrl, scripted, or an HDF5 file in DSRL's format")
+    add("--dataset", type=home, default="dsrl", help="dsrl, scripted, or a file in DSRL's format")
     add("--scripted-episodes", type=int, default=300, help="episodes of the scripted data")
-    add("--cost-limit", type=float, help="highest safe cost return; else DSRL's 10 or 20")
-    add("--preferred", type=int, default=40, help="preferred trajectories, of the safe ones")
-    add("--dispreferred", type=int, default=40, help="dispreferred ones, of the unsafe")
+    add("--cost-limit", type=float, help="highest safe cost of an episode; else DSRL's")
+    add("--preferred", type=int, default=40, help="safe episodes to call preferred")
+    add("--dispreferred", type=int, default=40, help="unsafe ones to call so")
     add("--wrong-labels", type=float, default=0.0, help="share of these labels to turn round")
-    add("--preferences", metavar="FILE", help="labels from a CSV file; costs are not needed then")
+    add("--preferences", type=home, metavar="FILE", help="labels, a CSV file; then no cost is read")
     add("--export-episodes", metavar="N", type=int, help="write N episodes to label, and end")
 
     add = parser.add_argument_group("policy and pre-training").add_argument
-    add("--policy", metavar="FILE", help="checkpoint of a trained policy; skips pre-training")
+    add("--policy", type=home, metavar="FILE", help="checkpoint of a trained policy to start from")
     add("--hidden", type=int, nargs="+", default=[256, 256], help="sizes of hidden layers")
     add("--batch-size", type=int, default=256, help="steps per update, here and in fine-tuning")
     add("--pretrain-updates", type=int, default=2000, help="updates of the pre-training")
@@ -113,15 +119,18 @@ def parse_args(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--finetune-updates", type=int, default=2000, help="updates of the fine-tuning")
     add("--finetune-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
-    add("--beta", type=float, default=1.0, help="inverse temperature of the DPO loss")
-    add("--contrast", type=float, default=1.0, help="weight of preferred > counterfactual")
-    add("--imitation", type=float, default=1.0, help="weight of -h of the preferred actions")
-    add("--pair", type=float, default=0.0, help="weight of preferred > dispreferred, plain DPO")
-    add("--ess", type=float, default=0.15, help="least effective share of the preferred, by return")
-    add("--leave-out", type=float, default=0.5, help="highest share of dispreferred-looking steps")
     add(
-        "--counterfactual", choices=["reference", "current"], default="reference", help="its policy"
+        "--beta",
+        type=float,
+        default=1.0,
+        help="a preferred pair counts until it is some 1/beta apart",
     )
+    add("--contrast", type=float, default=1.0, help="weight of preferred above counterfactual")
+    add("--imitation", type=float, default=1.0, help="weight of the preferred actions' -log pi")
+    add("--pair", type=float, default=0.0, help="weight of preferred above dispreferred steps, DPO")
+    add("--ess", type=float, default=0.15, help="least effective share of the preferred")
+    add("--leave-out", type=float, default=0.5, help="from which share of dispreferred steps")
+    add("--counterfactual", choices=["reference", "current"], default="reference", help="of")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-episodes", type=int, default=20, help="simulated episodes, before and after")
@@ -133,20 +142,15 @@ def parse_args(argv=None):
         parser.error(f"{flag}: no such flag; the nearest is {nearest[0]}.")
     parser.set_defaults(**METHODS[args.method])
     args = parser.parse_args(argv)
-    for name, values in vars(args).items():
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, (int, float)):
-                highest = 1 if name in SHARES else 1e9
-                is_right = 0 < value <= highest or value == 0 and name not in POSITIVE
-                kind = "positive" if name in POSITIVE else "non-negative"
-                needs = f"--{name.replace('_', '-')}: needs a {kind} number"
-                require(is_right, f"{needs}, at most {highest:g}; found {value}.")
+    numbers = vars(args) | {"hidden": min(args.hidden)}
+    for name, value in numbers.items():
+        if isinstance(value, (int, float)):
+            kind = "positive" if name in POSITIVE else "non-negative"
+            highest = 1 if name in SHARES else 1e9
+            is_right = value > 0 or value == 0 and kind == "non-negative"
+            needs = f"--{name.replace('_', '-')}: needs a {kind} number, at most {highest:g}"
+            require(is_right and value <= highest, f"{needs}; found {value}.")
     return args
-
-
-SHARES = ["wrong_labels", "pretrain_top", "ess", "leave_out"]
-POSITIVE = ["workers", "scripted_episodes", "preferred", "dispreferred", "export_episodes"]
-POSITIVE += ["hidden", "batch_size", "eval_episodes", "beta", "pretrain_lr", "finetune_lr"]
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -166,8 +170,7 @@ class GaussianPolicy(nn.Module):
     """An MLP from observations to a diagonal Gaussian over actions, clipped to [low, high].
 
     low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O].
-    log_std_bounds: of the Gaussian's log standard deviation, in halves of the action range.
-    All of these are saved with the weights."""
+    log_std_bounds: of the log standard deviation, in halves of the action range. All are saved."""
 
     def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
         super().__init__()
@@ -176,9 +179,8 @@ class GaussianPolicy(nn.Module):
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
         self.net = nn.Sequential(*layers, nn.Linear(size, 2 * len(low)))
-        constants = {"low": low, "high": high, "mean": mean, "std": std}
-        constants["log_std_bounds"] = log_std_bounds
-        for name, values in constants.items():
+        saved = dict(low=low, high=high, mean=mean, std=std, log_std_bounds=log_std_bounds)
+        for name, values in saved.items():
             self.register_buffer(name, torch.as_tensor(np.asarray(values, np.float32)))
 
     def forward(self, observations):
@@ -195,7 +197,8 @@ class GaussianPolicy(nn.Module):
 def save_policy(path, env_id, policy, curve):
     """Write a checkpoint: the policy, all that it needs to act, and its training curve."""
     content = {"format": 1, "env": env_id, "state": policy.state_dict(), "curve": curve}
-    write(path, lambda file: torch.save(content, file))
+    with written(path) as file:
+        torch.save(content, file)
 
 
 def load_policy(path, env_id=None):
@@ -204,16 +207,17 @@ def load_policy(path, env_id=None):
     UserError: it is damaged, or not of save_policy(), or of another task."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        state, found = content["state"], f"format {content['format']} of {content['env']}"
+        is_right = content["format"] == 1 and env_id in (None, content["env"])
+        require(is_right, f"format {content['format']} of {content['env']}")
+        state = content["state"]
         hidden = [len(value) for name, value in state.items() if name.endswith("bias")][:-1]
         policy = GaussianPolicy(state["low"], state["high"], state["mean"], state["std"], hidden)
         policy.load_state_dict(state)
-        if content["format"] == 1 and env_id in (None, content["env"]):
-            return policy, content.get("curve", [])
+        return policy, content.get("curve", [])
     except Exception as error:  # damaged and foreign files fail in every way
         found = " ".join(str(error).split())[:99]
-    task = env_id or "any task"
-    raise UserError(f"{path}: needs a checkpoint of prefine.py, format 1 of {task}; found {found}.")
+        needs = f"a checkpoint of prefine.py, format 1 of {env_id or 'any task'}"
+        raise UserError(f"{path}: needs {needs}; found {found}.") from None
 
 
 # ----------------------------------------------------------------------------------- pre-training
@@ -258,13 +262,13 @@ def record(curve, writer, update, values):
     broken = ", ".join(name for name, value in row.items() if not math.isfinite(value))
     require(not broken, f"update {update}: {broken} not finite; try a lower learning rate.")
     curve.append({"update": update} | row)
-    for name, value in row.items():
-        if writer:
+    if writer:
+        for name, value in row.items():
             writer.add_scalar(name, value, update)
 
 
 def progress(items, title, total=None):
-    """Iterate with a bar, redrawn about once a minute where the output is no terminal."""
+    """Iterate with a bar, redrawn once a minute where the output is no terminal."""
     seconds = 0.1 if sys.stderr.isatty() else 60
     return tqdm(items, title, total, mininterval=seconds, maxinterval=seconds)
 
@@ -298,25 +302,25 @@ def read_preferences(path, episodes):
     """Episode indices {"preferred": [...], "dispreferred": [...]} from a CSV file with the columns
     ``episode,label``, of data with so many episodes. UserError names the line and the mistake."""
     where, preferences = f"--preferences {path}", {"preferred": [], "dispreferred": []}
-    with open(Path(path).expanduser(), newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-        needs = "its first line must name the columns episode and label"
-        found = f"{where}: {needs}; found {reader.fieldnames}."
-        require({"episode", "label"} <= {*reader.fieldnames}, found)
-        for row in reader:
-            line = f"{where}, line {reader.line_num}"
-            episode, label = [(row[name] or "").strip().lower() for name in ("episode", "label")]
-            is_episode = re.fullmatch("[0-9]{1,9}", episode) and int(episode) < episodes
-            needs = f"needs an episode from 0 to {episodes - 1}"
-            require(is_episode, f"{line}: {needs}; found '{episode}'.")
-            needs = "is not filled in: write preferred or dispreferred, or delete the line"
-            require(label, f"{line}: the label of episode {episode} {needs}.")
-            needs = "needs the label preferred or dispreferred"
-            require(label in preferences, f"{line}: {needs}; found '{label}'.")
-            is_known = int(episode) in preferences["preferred"] + preferences["dispreferred"]
-            require(not is_known, f"{line}: episode {episode} has a label already.")
-            preferences[label].append(int(episode))
+    text = Path(path).read_text("utf-8-sig", errors="replace")
+    reader = csv.DictReader(text.splitlines(), restval="")
+    columns = [name.strip().lower() for name in reader.fieldnames or []]
+    needs = f"its first line must name the columns episode and label; found {columns}"
+    require("episode" in columns and "label" in columns, f"{where}: {needs}.")
+    reader.fieldnames = columns
+    for row in reader:
+        line = f"{where}, line {reader.line_num}"
+        episode, label = row["episode"].strip(), row["label"].strip().lower()
+        is_episode = re.fullmatch("[0-9]{1,9}", episode) and int(episode) < episodes
+        needs = f"needs an episode from 0 to {episodes - 1}; found '{episode}'"
+        require(is_episode, f"{line}: {needs}.")
+        needs = "is not filled in: write preferred or dispreferred, or delete the line"
+        require(label, f"{line}: the label of episode {episode} {needs}.")
+        needs = f"needs the label preferred or dispreferred; found '{label}'"
+        require(label in preferences, f"{line}: {needs}.")
+        is_known = int(episode) in preferences["preferred"] + preferences["dispreferred"]
+        require(not is_known, f"{line}: episode {episode} has a label already.")
+        preferences[label].append(int(episode))
     check_preferences(preferences, episodes, where)
     return preferences
 
@@ -330,36 +334,26 @@ def check_preferences(preferences, episodes, where="preferences"):
         require(is_inside, f"{where}: a {label} one is not among the {episodes} episodes.")
 
 
-def evenly_spaced(dataset, episode, points):
-    """Indices [points] of rows of an episode, from its first to its last."""
-    first, last = dataset.starts[episode].item(), dataset.ends[episode].item() - 1
-    return torch.linspace(first, last, points, dtype=torch.float64).long()
-
-
 def dispreferred_shares(dataset, preferences, points=4000):
     """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one.
 
     A step is its state and action, in standard deviations; some ``points`` steps of either label
     are compared, and none with its own trajectory. Where a label is wrong, or was luck, most steps
     lie there (editing by nearest neighbours: Wilson 1972)."""
-    steps = {"preferred": [], "dispreferred": []}
-    for label, trajectories in steps.items():
+    steps = {}
+    for label in ("preferred", "dispreferred"):
         size = math.ceil(points / len(preferences[label]))
-        for episode in preferences[label]:
-            rows = evenly_spaced(dataset, episode, size)
-            trajectories.append(torch.cat([dataset.observations[rows], dataset.actions[rows]], 1))
-    scale = torch.cat(steps["preferred"] + steps["dispreferred"]).std(0) + 1e-6
-    preferred = [trajectory / scale for trajectory in steps["preferred"]]
-    dispreferred = torch.cat(steps["dispreferred"]) / scale
+        steps[label] = torch.cat(dataset.steps(preferences[label], points=size), 1)
+    scale = torch.cat([steps["preferred"], steps["dispreferred"]]).std(0) + 1e-6
+    preferred = (steps["preferred"] / scale).chunk(len(preferences["preferred"]))
+    dispreferred = steps["dispreferred"] / scale
 
     shares = []
     for i, trajectory in enumerate(preferred):
-        to_dispreferred = torch.cdist(trajectory, dispreferred).min(1).values
-        to_preferred = torch.full_like(to_dispreferred, math.inf)
-        others = preferred[:i] + preferred[i + 1 :]
-        if others:
-            to_preferred = torch.cdist(trajectory, torch.cat(others)).min(1).values
-        shares.append((to_dispreferred < to_preferred).float().mean())
+        others = torch.cat([*preferred[:i], *preferred[i + 1 :], dispreferred])
+        nearest = torch.cdist(trajectory, others).argmin(1)
+        is_dispreferred = nearest >= len(others) - len(dispreferred)
+        shares.append(is_dispreferred.float().mean())
     return torch.stack(shares)
 
 
@@ -378,7 +372,7 @@ def return_weights(returns, share):
     return torch.softmax(low * z, 0)
 
 
-# ------------------------------------------------------------- counterfactuals and the joint loss
+# ----------------------------------------------- counterfactuals, log-ratios, the preference loss
 def sample_actions(mean, std, low, high, generator):
     """Actions [..., A] sampled from a clipped Gaussian. No gradient flows through a sample."""
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -397,8 +391,8 @@ def log_ratio(gaussian, reference_gaussian, actions, low, high):
 def preference_loss(h_winner, h_loser, beta):
     """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7), element by element.
 
-    h_winner, h_loser: log-ratios of one shape. Divided by beta the loss has the slope -1/2 where
-    they are equal, and is over where the winner's is a few times 1 / beta larger."""
+    h_winner, h_loser: log-ratios of one shape. Divided by beta the loss has the slope -1/2 at a
+    tie, whatever beta, and fades once the winner leads by a few times 1 / beta nats."""
     return -nn.functional.logsigmoid(beta * (h_winner - h_loser)) / beta
 
 
@@ -408,37 +402,39 @@ def finetune(policy, dataset, preferences, args, writer=None):
 
     policy: any module from observations [B, O] to mean and standard deviation [B, A] of a Gaussian,
     whose buffers ``low`` and ``high`` [A] bound the actions (infinite: a plain Gaussian).
-    dataset: observations must be normalised as the policy saw them in its training.
-    preferences: episode indices {"preferred": [...], "dispreferred": [...]} and, to measure,
-    "heldout_preferred" and "heldout_dispreferred". args: of parse_args().
+    dataset: observations as the policy takes them, normalised if it was trained so; a
+    GaussianPolicy takes them raw. preferences: episode indices {"preferred": [...],
+    "dispreferred": [...]} and, to measure, "heldout_preferred" and "heldout_dispreferred".
+    args: seed, batch_size and the flags of fine-tuning, of parse_args().
 
     Returns the aligned copy of the policy and its training curve, of record(). UserError: episodes
     that the dataset does not have; a loss that is not finite."""
     check_preferences(preferences, len(dataset.ends))
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     policy = copy.deepcopy(policy).requires_grad_(True)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # The preferred trajectories that count, each by its return; at most half are left out.
-    shares = dispreferred_shares(dataset, preferences).numpy()
-    is_kept = shares <= max(args.leave_out, np.median(shares))
+    # The preferred trajectories that count; at most half are left out.
+    dispreferred = dispreferred_shares(dataset, preferences).numpy()
+    is_kept = dispreferred <= max(args.leave_out, np.median(dispreferred))
     preferred = np.asarray(preferences["preferred"])[is_kept]
     if not is_kept.all():
         print(f"left out {(~is_kept).sum()} preferred trajectories that look dispreferred")
-    weights = return_weights(dataset.sums(dataset.rewards)[preferred], args.ess)
 
+    # Each of their steps is drawn in proportion to its trajectory's weight.
+    weights = return_weights(dataset.sums(dataset.rewards)[preferred], args.ess)
     lengths = dataset.ends[preferred] - dataset.starts[preferred]
     step_weights = weights.repeat_interleave(lengths).float().to(device)
     observations, actions = dataset.steps(preferred, device)
-    dispreferred_steps = dataset.steps(preferences["dispreferred"], device)
+    other_observations, other_actions = dataset.steps(preferences["dispreferred"], device)
 
-    curve, updates = [], args.finetune_updates
+    curve, updates, size = [], args.finetune_updates, (args.batch_size,)
     generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for update in progress(range(1, updates + 1), "fine-tuning"):
         # A batch: steps of preferred trajectories, the states and the actions taken there.
-        batch = torch.multinomial(step_weights, args.batch_size, True, generator=generator)
+        batch = torch.multinomial(step_weights, *size, replacement=True, generator=generator)
         states, taken = observations[batch], actions[batch]
 
         # Log-ratios of the actions taken and of the counterfactual ones.
@@ -453,11 +449,10 @@ def finetune(policy, dataset, preferences, args, writer=None):
         imitation = -h_taken.mean()
         loss = args.contrast * contrast + args.imitation * imitation
         terms = {"losses/contrast": contrast, "losses/imitation": imitation}
-        if args.pair:  # plain DPO: preferred > dispreferred
-            states, taken = dispreferred_steps
-            batch = torch.randint(len(states), h_taken.shape, generator=generator, device=device)
-            states, taken = states[batch], taken[batch]
-            h_dispreferred = log_ratio(policy(states), reference(states), taken, low, high)
+        if args.pair:  # plain DPO by steps: preferred above any dispreferred one
+            other = torch.randint(len(other_actions), size, generator=generator, device=device)
+            states, actions_there = other_observations[other], other_actions[other]
+            h_dispreferred = log_ratio(policy(states), reference(states), actions_there, low, high)
             pair = preference_loss(h_taken, h_dispreferred, args.beta).mean()
             loss = loss + args.pair * pair
             terms["losses/pair"] = pair
@@ -480,8 +475,7 @@ def preference_metrics(policy, reference, dataset, preferences, points=32):
     low, high, device, metrics = policy.low, policy.high, policy.low.device, {}
 
     def mean_log_ratios(episodes):
-        rows = torch.cat([evenly_spaced(dataset, episode, points) for episode in episodes])
-        states, taken = dataset.observations[rows].to(device), dataset.actions[rows].to(device)
+        states, taken = dataset.steps(episodes, device, points)
         gaussian, reference_gaussian = policy(states), reference(states)
         generator = torch.Generator(device).manual_seed(0)
         counterfactual = sample_actions(*reference_gaussian, low, high, generator)
@@ -495,10 +489,10 @@ def preference_metrics(policy, reference, dataset, preferences, points=32):
         if len(preferred) and len(dispreferred):
             h_preferred, h_counterfactual = mean_log_ratios(preferred)
             h_dispreferred, _ = mean_log_ratios(dispreferred)
-            pairs = {"counterfactual": h_preferred > h_counterfactual}
-            pairs["dispreferred"] = h_preferred[:, None] > h_dispreferred
-            for other, is_right in pairs.items():
-                metrics[f"accuracy/{name}/preferred_{other}"] = is_right.float().mean()
+            pairs = f"accuracy/{name}/preferred"
+            metrics[f"{pairs}_counterfactual"] = (h_preferred > h_counterfactual).float().mean()
+            is_right = h_preferred[:, None] > h_dispreferred
+            metrics[f"{pairs}_dispreferred"] = is_right.float().mean()
     return metrics
 
 
@@ -518,25 +512,30 @@ def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title
         return mean[0].cpu().numpy()
 
     env_id, limit = resolve_env(env, cost_limit)
-    seeds = [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]
-    runs = run_episodes(env_id, lambda env, seed: act, seeds, workers, title)
+    seeds = [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]  # not those of collect()
+    runs = run_episodes(env_id, lambda simulator, seed: act, seeds, workers, title)
     returns = np.array([run["rewards"].sum(dtype=float) for run in runs])
     costs = np.array([run["costs"].sum(dtype=float) for run in runs])
     simulator = make_env(env_id).unwrapped
     simulator.set_target_cost(limit)
-    score = simulator.get_normalized_score(returns.mean(), costs.mean())
-    metrics = {"return_mean": returns.mean(), "return_ci95": interval(returns)}
-    metrics |= {"cost_mean": costs.mean(), "cost_ci95": interval(costs), "cost_max": costs.max()}
-    metrics |= {"normalized_return": score[0], "normalized_cost": score[1]}
-    metrics["violation_rate"] = (costs > limit).mean()
-    metrics["failure_rate"] = np.mean([run["terminals"].any() for run in runs])
-    return metrics | {"episodes": episodes}, runs
+    score, cost_score = simulator.get_normalized_score(returns.mean(), costs.mean())
+    metrics = {
+        "return_mean": returns.mean(),
+        "return_ci95": interval(returns),
+        "cost_mean": costs.mean(),
+        "cost_ci95": interval(costs),
+        "cost_max": costs.max(),
+        "normalized_return": score,
+        "normalized_cost": cost_score,
+        "violation_rate": (costs > limit).mean(),
+        "failure_rate": np.mean([run["terminals"].any() for run in runs]),
+        "episodes": episodes,
+    }
+    return metrics, runs
 
 
 def interval(values):
     """95 % bootstrap interval [low, high] of the mean of values."""
-    from scipy import stats
-
     sample = np.resize(values, max(2, len(values)))  # bootstrap() takes no single value
     found = stats.bootstrap((sample,), np.mean, method="percentile", random_state=0)
     return list(found.confidence_interval)
@@ -577,19 +576,18 @@ def follow_parent(parent):
 
 
 def run_episodes(env_id, make_controller, seeds, workers, title):
-    """``run_episode`` for each seed, in parallel; one worker is this process.
-
-    UserError: a worker process failed."""
-    options = {"initializer": follow_parent, "initargs": (os.getpid(),)} if workers > 1 else {}
-    parallel = joblib.Parallel(workers, "loky", return_as="generator", **options)
+    """``run_episode`` for each seed, in parallel; one worker is this process. UserError: a worker
+    process failed."""
     jobs = [joblib.delayed(run_episode)(env_id, make_controller, seed) for seed in seeds]
+    of_worker = {"initializer": follow_parent, "initargs": (os.getpid(),)}
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=1):
+        with joblib.parallel_config("loky", inner_max_num_threads=1, **of_worker):
+            parallel = joblib.Parallel(workers, return_as="generator")
             return list(progress(parallel(jobs), title, len(jobs)))
     except joblib.externals.loky.BrokenProcessPool as error:
         why = str(error.__cause__ or error).strip(' "\n').splitlines()[-1]
-        advice = "--workers 1 does all in this process"
-        raise UserError(f"{title}: a worker process failed: {why}; {advice}.") from None
+        why += "; --workers 1 does all in this process."
+        raise UserError(f"{title}: a worker process failed: {why}") from None
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -599,17 +597,25 @@ class Dataset(NamedTuple):
     observations: torch.Tensor  # [N, O]
     actions: torch.Tensor  # [N, A]
     rewards: torch.Tensor  # [N]
-    costs: torch.Tensor | None  # [N]; None where nothing may read them
     starts: torch.Tensor  # [E] int64
     ends: torch.Tensor  # [E] int64
+    costs: torch.Tensor | None = None  # [N]; None where nothing may read them
 
     def sums(self, values):
         """Sums [E] of values [N] over each episode: returns, or cost returns."""
         return np.add.reduceat(values.numpy().astype(np.float64), self.starts.numpy())
 
-    def steps(self, episodes, device="cpu"):
-        """Observations [M, O] and actions [M, A] of all steps of the given episodes, in order."""
-        rows = torch.cat([torch.arange(self.starts[e], self.ends[e]) for e in episodes])
+    def steps(self, episodes, device="cpu", points=None):
+        """Observations [M, O] and actions [M, A] of all steps of the given episodes, in order, or
+        of so many ``points`` of each, evenly spaced from its first step to its last."""
+        parts = []
+        for episode in episodes:
+            first, end = self.starts[episode].item(), self.ends[episode].item()
+            rows = torch.arange(first, end)
+            if points:
+                rows = torch.linspace(first, end - 1, points, dtype=torch.float64).long()
+            parts.append(rows)
+        rows = torch.cat(parts)
         return self.observations[rows].to(device), self.actions[rows].to(device)
 
 
@@ -623,17 +629,19 @@ def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None
     if costs is not None:
         arrays["costs"] = costs
     for name, values in arrays.items():
-        values, is_wide = np.asarray(values), name in ("observations", "actions")
-        if values.ndim == 2 and values.shape[1] == 1 and not is_wide:
+        values = np.asarray(values)
+        is_wide = name in ("observations", "actions")
+        if values.shape[1:] == (1,) and not is_wide:
             values = values[:, 0]
-        shape, found = "(N, width)" if is_wide else "(N,)", f"{values.dtype} {values.shape}"
+        shape = "(N, width)" if is_wide else "(N,)"
         is_right = values.dtype.kind in "fiub" and values.ndim == 1 + is_wide and len(values)
+        found = f"{values.dtype} {values.shape}"
         require(is_right, f"'{name}' must be numbers of shape {shape}, N > 0; found {found}.")
-        rows = len(arrays["observations"])
-        require(len(values) == rows, f"'{name}' has {len(values)} rows, 'observations' has {rows}.")
         arrays[name] = values = values.astype(np.float32, copy=False)
         is_finite = values.min() >= -1e9 and values.max() <= 1e9  # false for NaN as well
         require(is_finite, f"'{name}' has values that are not finite, or beyond 1e9.")
+        rows = len(arrays["observations"])
+        require(len(values) == rows, f"'{name}' has {len(values)} rows, 'observations' has {rows}.")
     require(costs is None or arrays["costs"].min() >= 0, "'costs' has negative values.")
 
     ends = np.flatnonzero((arrays.pop("terminals") > 0) | (arrays.pop("timeouts") > 0)) + 1
@@ -642,41 +650,37 @@ def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None
         print(f"dropped the last {rows - ends[-1]} rows: an episode without an end")
     tensors = {name: torch.as_tensor(values[: ends[-1]]) for name, values in arrays.items()}
     starts = torch.from_numpy(np.append(0, ends[:-1]))
-    return Dataset(**{"costs": None} | tensors, starts=starts, ends=torch.from_numpy(ends))
+    return Dataset(**tensors, starts=starts, ends=torch.from_numpy(ends))
 
 
 def load_dataset(path, env, with_costs=True):
     """Read what is needed of a file in DSRL's format; never next_observations. UserError names it.
 
-    Only arrays that lie in the file itself are read, as a link, or a virtual or external array,
-    could make us read other files; and none that is larger than the file could hold compressed."""
+    Only arrays in the file itself are read, as others could lead to other files, and none that is
+    larger than the file could hold compressed."""
     import dsrl
-    import h5py
 
-    arrays, actions = {}, env.action_space
-    names = ["observations", "actions", "rewards", "terminals", "timeouts"] + ["costs"] * with_costs
+    arrays, names = {}, [name for name in KEYS[:-1] if with_costs or name != "costs"]
+    advice = "see README, «Your own data», which converts Minari's; without costs, --preferences"
     try:
         with h5py.File(path) as file:
             for name in names:
-                array = file.get(name)
-                is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
-                is_own = is_own and isinstance(array, h5py.Dataset)
+                link = file.get(name, getlink=True)
+                array = file[name] if isinstance(link, h5py.HardLink) else None
+                is_own = isinstance(array, h5py.Dataset)
                 is_own = is_own and not (array.is_virtual or array.external)
-                advice = "README, «Your own data», says what is needed and converts Minari's"
-                if name == "costs":
-                    advice = "pass --preferences where there are no costs"
                 require(is_own, f"it needs an array '{name}' of its own; {advice}.")
                 is_held = array.nbytes <= 2000 * os.path.getsize(path)  # gzip stays below 1032
                 require(is_held, f"'{name}' declares {array.shape}, more than the file can hold.")
                 arrays[name] = array[()]
         dataset = make_dataset(**arrays)
-        for name, box in {"observations": env.observation_space, "actions": actions}.items():
-            width = arrays[name].shape[1]
-            require(width == box.shape[0], f"'{name}' must be {box.shape[0]} wide; found {width}.")
-        low, high = torch.tensor(actions.low), torch.tensor(actions.high)
+        for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+            width, wanted = arrays[name].shape[1], space.shape[0]
+            require(width == wanted, f"'{name}' must be {wanted} wide; found {width}.")
+        low, high = torch.tensor(space.low), torch.tensor(space.high)
         clipped = dataset.actions.clip(low, high)  # as the simulators do
         is_near = ((dataset.actions - clipped).abs() <= high - low).all()
-        require(is_near, f"'actions' lie far outside the action space, {actions}.")
+        require(is_near, f"'actions' lie far outside the action space, {space}.")
         return dataset._replace(actions=clipped)
     except (OSError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         reason = " ".join(str(error).split())  # damaged files fail in all these ways
@@ -690,8 +694,8 @@ def find_dataset(args, env):
     import dsrl
 
     if args.dataset not in ("dsrl", "scripted"):
-        path = Path(args.dataset).expanduser()
-        near = difflib.get_close_matches(args.dataset, ["dsrl", "scripted"]) or ["an HDF5 file"]
+        path = Path(args.dataset)
+        near = difflib.get_close_matches(args.dataset, ["dsrl", "scripted"]) or ["another"]
         require(path.exists(), f"--dataset {path}: no such file; is {near[0]} meant?")
         return path
     url = env.unwrapped.dataset_url
@@ -731,18 +735,15 @@ def download(urls, path, env, timeout=60):
 def import_simulators():
     """Import gymnasium with DSRL's tasks registered, quietly, on Python 3.10 and 3.11."""
     os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
-    plain_dataclass = dataclasses.dataclass
+    plain_field = dataclasses.field
 
-    def dataclass(cls=None, **options):  # since 3.11 a field's default can't be an array
-        if cls is None:
-            return functools.partial(dataclass, **options)
-        for name, value in list(vars(cls).items()):
-            if isinstance(value, np.ndarray):
-                setattr(cls, name, dataclasses.field(default_factory=value.copy))
-        return plain_dataclass(cls, **options)
+    def field(default=dataclasses.MISSING, **options):
+        if isinstance(default, np.ndarray):  # since 3.11 a field's default can't be an array
+            return plain_field(default_factory=default.copy, **options)
+        return plain_field(default=default, **options)
 
     try:
-        with mock.patch("dataclasses.dataclass", dataclass), own_streams():
+        with mock.patch("dataclasses.field", field), own_streams():
             import dsrl.offline_bullet_safety_gym
             import dsrl.offline_safety_gymnasium.gym_envs
             import gymnasium
@@ -752,11 +753,9 @@ def import_simulators():
     return gymnasium
 
 
-@contextlib.contextmanager
 def own_streams():
-    """Bullet redirects the streams by their names, which those of notebooks and pytest lack."""
-    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
-        yield
+    """Python's own streams: Bullet redirects them by names that those of notebooks lack."""
+    return mock.patch.multiple(sys, stdout=sys.__stdout__, stderr=sys.__stderr__)
 
 
 def make_env(env_id):
@@ -772,10 +771,9 @@ def resolve_env(name, cost_limit=None):
     ids = [i for i in import_simulators().registry if i.startswith("Offline")]
     known = {i.split("-")[0].removesuffix("Gymnasium"): i for i in ids}  # gymnasium's come last
     known |= {i: i for i in known.values()}
-    is_metadrive = "metadrive" in name.lower()
-    require(not is_metadrive, f"--env {name}: DSRL's MetaDrive tasks are not supported here.")
-    near = difflib.get_close_matches(name, known, 3, 0.4) or sorted(known)
-    require(name in known, f"--env {name}: no such DSRL task; the nearest: {', '.join(near)}.")
+    near = ", ".join(difflib.get_close_matches(name, known, 3, 0.4) or sorted(known))
+    why = "MetaDrive tasks are not supported here" if "etadrive" in name else "no such DSRL task"
+    require(name in known, f"--env {name}: {why}; the nearest: {near}.")
     tightest = 20.0 if "Gymnasium" in known[name] else 10.0
     return known[name], tightest if cost_limit is None else cost_limit
 
@@ -796,19 +794,13 @@ def without_textures():
 
 def collect(env_id, episodes, workers, path):
     """Write episodes of the task's controller to ``path`` in DSRL's format."""
-    import h5py
-
     print(f"collecting {episodes} scripted episodes, once, into {path}", flush=True)
     runs = run_episodes(env_id, CONTROLLERS[env_id], range(episodes), workers, "collecting")
-
-    def save(file):
-        with h5py.File(file, "w") as target:
-            for name in runs[0]:
-                values = np.concatenate([run[name] for run in runs])
-                target.create_dataset(name, data=values, compression="gzip")
-            target.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
-
-    write(path, save)
+    with written(path) as file, h5py.File(file, "w") as target:
+        for name in runs[0]:
+            values = np.concatenate([run[name] for run in runs])
+            target.create_dataset(name, data=values, compression="gzip")
+        target.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
 
 
 def bullet_controller(env, seed):
@@ -872,199 +864,194 @@ CONTROLLERS = dict.fromkeys(BULLET, bullet_controller) | dict.fromkeys(LIDAR, li
 
 
 # ---------------------------------------------------------------------- table, picture and summary
-def print_table(rows):
-    """Print rows, of as_row(), as one Markdown table."""
-    print("\n| data | method | return | cost | violations | failures | seeds | p return, cost |")
-    print("|---|---" + "|---:" * 6 + "|")
-    for row in rows:
-        line = "| {data} | {method} | {return_mean:.4g} [{return_low:.4g}, {return_high:.4g}] "
-        line += "| {cost_mean:.4g} [{cost_low:.4g}, {cost_high:.4g}] | {violation_rate:.0%} "
-        line += "| {failure_rate:.0%} | {seeds} | {return_p:.2g}, {cost_p:.2g} |"
-        print(line.format(**row).replace("nan, nan", ""))
-
-
-def draw_report(path, args, dataset, costs, preferences, before, after, curve):
-    """Draw labelled trajectories, where their costs [E] are known, the evaluated episodes before
-    and after fine-tuning, and how the ranking of trajectories went meanwhile."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {path}: matplotlib is missing; pip install matplotlib")
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    plane, traces, ranking = figure.subplots(1, 3)
-    for label, colour in {"preferred": "tab:blue", "dispreferred": "tab:red"}.items():
-        if costs is not None:
-            points = np.stack([costs, dataset.sums(dataset.rewards)])[:, preferences[label]]
-            plane.scatter(*points, s=12, color=colour, label=label)
-    is_seen_from_above = re.fullmatch(r"Offline\w+(Circle|Run)-v0", args.env)
-    for label, colour, episodes in ("before", "orange", before), ("after", "green", after):
-        totals = [(episode["costs"].sum(), episode["rewards"].sum()) for episode in episodes]
-        plane.scatter(*np.transpose(totals), marker="x", color=colour, label=f"policy {label}")
-        for episode in episodes:
-            x, y = range(len(episode["costs"])), episode["costs"].cumsum()
-            if is_seen_from_above:  # there an observation begins with x / 10 and y / 10
-                x, y = 10 * episode["observations"][:, :2].T
-            traces.plot(x, y, color=colour, lw=0.8)
-    plane.axvline(args.cost_limit, color="k", ls="--", label="cost limit")
-    plane.set(xlabel="cost of an episode", ylabel="return", title="Episodes")
-    plane.legend(fontsize=8)
-    if is_seen_from_above:
-        traces.set(xlabel="x (m)", ylabel="y (m)", title="Paths from above")
-    else:
-        traces.set(xlabel="step", ylabel="cost so far", title="Cost over time")
-    accuracies = [name for name in curve[-1] if name.startswith("accuracy")] if curve else []
-    for name in accuracies:
-        updates = [row["update"] for row in curve]
-        ranking.plot(updates, [row[name] for row in curve], label=name.split("/", 1)[1])
-    ranking.axhline(0.5, color="k", ls="--", label="chance")
-    ranking.set(xlabel="update of the fine-tuning", ylabel="share", title="Pairs ranked right")
-    ranking.legend(fontsize=8, loc="lower right")
-    write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
 def names(config):
-    """What a table calls a run: its data set, and its method with the flags that were changed."""
+    """What a table calls a run: its data set, its policy before and after fine-tuning, by the flags
+    that were changed."""
     task = config["env"].split("-")[0].removeprefix("Offline").removesuffix("Gymnasium")
     data = f"{task}, {Path(config['dataset']).name} {config['dataset_sha256'][:4]}"
-    method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
-    for flag in sorted(preset.keys() & config.keys() - {"env", "seed", "dataset", "cost_limit"}):
+    before, after = "pre-trained", config["method"]
+    preset = vars(parse_args(["--method", config["method"]]))
+    for flag in sorted(preset.keys() & (config.keys() - {"env", "seed", "dataset", "cost_limit"})):
         if config[flag] != preset[flag]:
             digest = config.get(f"{flag}_sha256", "")[:4]
-            method += f" --{flag.replace('_', '-')} {config[flag]} {digest}".rstrip()
-    return f"{data}, limit {config['cost_limit']:g}", method
+            text = f" --{flag.replace('_', '-')} {config[flag]} {digest}".rstrip()
+            after += text
+            before += text if flag.startswith("pretrain") or flag in OF_BEFORE else ""
+    return f"{data}, limit {config['cost_limit']:g}", before, after
 
 
-def print_run(config, metrics):
-    """The table of one run: before and after fine-tuning."""
-    data, method = names(config)
-    before, after = {config["seed"]: metrics["pretrained"]}, {config["seed"]: metrics["finetuned"]}
-    print_table([as_row(data, "pre-trained", before, {}), as_row(data, method, after, {})])
+OF_BEFORE = ("policy", "hidden", "batch_size", "eval_episodes", "scripted_episodes", "device")
 
 
 def as_row(data, method, seeds, default):
     """A table's row, from metrics {seed: metrics}: means over the seeds with 95 % intervals, of one
     seed over its episodes, and p of a paired sign-flip test of the differences to the default's
     metrics {seed: metrics} on the seeds that both have."""
-    from scipy import stats
-
-    row = {"data": data, "method": method, "seeds": len(seeds)}
+    runs = list(seeds.values())
+    common = sorted(seeds.keys() & default.keys())
+    row = {"data": data, "method": method, "seeds": len(runs)}
     for name in ("return_mean", "cost_mean", "violation_rate", "failure_rate"):
-        row[name] = np.mean([metrics[name] for metrics in seeds.values()])
+        row[name] = np.mean([run[name] for run in runs])
     for name in ("return", "cost"):
-        means = {seed: metrics[f"{name}_mean"] for seed, metrics in seeds.items()}
-        limits = interval(list(means.values()))
-        if len(seeds) == 1:
-            (limits,) = (metrics[f"{name}_ci95"] for metrics in seeds.values())
+        limits, mean = runs[0][f"{name}_ci95"], f"{name}_mean"
+        if len(runs) > 1:
+            limits = interval([run[mean] for run in runs])
         row[f"{name}_low"], row[f"{name}_high"] = limits
-        common = sorted(seeds.keys() & default.keys())
-        differences = [means[seed] - default[seed][f"{name}_mean"] for seed in common]
         row[f"{name}_p"] = math.nan
-        if len(differences) > 1:
-            test = stats.permutation_test((differences,), np.mean, permutation_type="samples")
+        if len(common) > 1:
+            differences = [seeds[seed][mean] - default[seed][mean] for seed in common]
+            options = {"permutation_type": "samples", "random_state": 0}
+            test = stats.permutation_test((differences,), np.mean, **options)
             row[f"{name}_p"] = test.pvalue
     return row
 
 
-def summarise(folder):
-    """Print all runs in a folder as one table, and write it to summary.csv: a row is a set of flags
-    and files, apart from the seed."""
+def print_table(runs):
+    """Print runs (config, metrics) as one Markdown table, and return its rows, of as_row(): one for
+    each data set, or set of flags apart from the seed, and one for the policies before."""
     found = {}  # (data, method) -> {seed: metrics}
+    for config, metrics in runs:
+        data, before, after = names(config)
+        found.setdefault((data, before), {})[config["seed"]] = metrics["pretrained"]
+        found.setdefault((data, after), {})[config["seed"]] = metrics["finetuned"]
+    print("\n| data | method | return | cost | violations | failures | seeds | p return, cost |")
+    print("|---|---" + "|---:" * 6 + "|")
+    rows = []
+    for data, method in sorted(
+        found, key=lambda key: (key[0], "pre-trained" not in key[1], key[1])
+    ):
+        default = {} if method == "prefine" else found.get((data, "prefine"), {})
+        row = as_row(data, method, found[data, method], default)
+        line = "| {data} | {method} | {return_mean:.4g} [{return_low:.4g}, {return_high:.4g}] "
+        line += "| {cost_mean:.4g} [{cost_low:.4g}, {cost_high:.4g}] | {violation_rate:.0%} "
+        line += "| {failure_rate:.0%} | {seeds} | {return_p:.2g}, {cost_p:.2g} |"
+        print(line.format(**row).replace("nan, nan", ""))
+        rows.append(row)
+    return rows
+
+
+def summarise(folder):
+    """Print all runs in a folder as one table, and write it to summary.csv."""
+    runs = []
     for path in sorted(Path(folder).rglob("metrics.json")):
         config = json.loads(path.with_name("config.json").read_text())
-        metrics, seed = json.loads(path.read_text()), config["seed"]
-        data, method = names(config)
-        found.setdefault((data, method), {})[seed] = metrics["finetuned"]
-        before = found.setdefault((data, "pre-trained"), {})
-        if method == "prefine" or seed not in before:
-            before[seed] = metrics["pretrained"]
-    require(found, f"--summary {folder}: no metrics.json in it; each finished run has one.")
-    rows = []
-    for (data, method), seeds in sorted(found.items()):
-        rows.append(as_row(data, method, seeds, found.get((data, "prefine"), {})))
-    print_table(rows)
+        runs.append((config, json.loads(path.read_text())))
+    require(runs, f"--summary {folder}: no metrics.json in it; each finished run has one.")
+    rows = print_table(runs)
     with open(Path(folder) / "summary.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
+def draw_report(path, args, dataset, costs, preferences, episodes, curve):
+    """Draw labelled trajectories, where their costs [E] are known, the ``episodes`` of evaluate()
+    {"pretrained": ..., "finetuned": ...}, and how the ranking of trajectories went meanwhile."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"no {path}: matplotlib is missing; pip install matplotlib")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    plane, traces, ranking = figure.subplots(1, 3)
+    if costs is not None:
+        returns = dataset.sums(dataset.rewards)
+        for label, colour in (("preferred", "tab:blue"), ("dispreferred", "tab:red")):
+            chosen = preferences[label]
+            plane.scatter(costs[chosen], returns[chosen], s=12, color=colour, label=label)
+    for name, colour in (("pretrained", "orange"), ("finetuned", "green")):
+        total_costs = [episode["costs"].sum() for episode in episodes[name]]
+        returns = [episode["rewards"].sum() for episode in episodes[name]]
+        plane.scatter(total_costs, returns, marker="x", color=colour, label=f"{name} policy")
+        for episode in episodes[name]:
+            traces.plot(episode["costs"].cumsum(), color=colour, lw=0.8)
+    plane.axvline(args.cost_limit, color="k", ls="--", label="cost limit")
+    plane.set(xlabel="cost of an episode", ylabel="return", title="Episodes")
+    plane.legend(fontsize=8)
+    traces.axhline(args.cost_limit, color="k", ls="--")
+    traces.set(xlabel="step", ylabel="cost so far", title="Evaluated episodes")
+    updates = [row["update"] for row in curve]
+    for name in curve[-1] if curve else []:
+        if name.startswith("accuracy"):
+            ranking.plot(updates, [row[name] for row in curve], label=name.split("/", 1)[1])
+    ranking.axhline(0.5, color="k", ls="--", label="chance")
+    ranking.set(xlabel="update of the fine-tuning", ylabel="share", title="Pairs ranked right")
+    ranking.legend(fontsize=8, loc="lower right")
+    with written(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
 # ------------------------------------------------------------------------------------------- main
-def write(path, save):
-    """Write a file whole or not at all: ``save(file)`` of a part, then rename."""
+@contextlib.contextmanager
+def written(path, mode="wb"):
+    """Write a file whole or not at all: into a part, which then gets the name."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            save(file)
+        with open(part, mode) as file:
+            yield file
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    """Write a JSON file."""
-    text = json.dumps(content, indent=2)
-    write(path, lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager
 def claimed(folder, config):
     """Hold a run folder, with its config.json. UserError: another run is, or was, at work in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, lock = folder / "config.json", FileLock(folder / ".lock", timeout=0)
+    path, where = folder / "config.json", f"--run-dir {folder}"
     try:
-        lock.acquire()
+        with FileLock(folder / ".lock", timeout=0):
+            found = json.loads(path.read_text()) if path.exists() else config
+            changed = [name for name in config if found.get(name) != config[name]]
+            changed = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            changed = changed.replace("-sha256", " (content)")
+            require(not changed, f"{where}: has another {changed}; choose another folder.")
+            with written(path, "w") as file:
+                json.dump(config, file, indent=2)
+            yield
     except Timeout:
-        raise UserError(f"--run-dir {folder}: another process is at work in it.") from None
-    with lock:
-        found = json.loads(path.read_text()) if path.exists() else config
-        changed = ", ".join(f"--{name}" for name in config if found.get(name) != config[name])
-        require(not changed, f"--run-dir {folder}: has another {changed}; choose another folder.")
-        write_json(path, config)
-        yield
-
-
-def configuration(args, files):
-    """What a run was made from: its flags, and SHA-256 of all bytes of the files {flag: path}."""
-    others = ("run_dir", "workers", "summary", "export_episodes")
-    config = {name: value for name, value in vars(args).items() if name not in others}
-    for name, path in files.items():
-        if path:
-            with open(path, "rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                config[f"{name}_sha256"] = hashlib.sha256(content).hexdigest()
-    return config
+        raise UserError(f"{where}: another process is at work in it.") from None
 
 
 def run(args):
     """The method as a whole: data, preferences, pre-training, fine-tuning, evaluation."""
-    is_usable = args.device == "cpu" or args.device.startswith("cuda") and torch.cuda.is_available()
-    require(is_usable, f"--device {args.device}: not usable on this machine; cpu is.")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):  # of torch, for want of such a device
+        raise UserError(f"--device {args.device}: not usable here; cpu is.") from None
     torch.set_num_threads(1)
 
     # All that can fail comes before anything is written.
     args.env, args.cost_limit = resolve_env(args.env, args.cost_limit)
     env = make_env(args.env)
     path = find_dataset(args, env)
-    dataset = load_dataset(path, env, with_costs=not args.preferences)
+    dataset = load_dataset(path, env, with_costs=not (args.preferences or args.export_episodes))
+    if args.export_episodes:
+        return export_episodes(args, dataset)
     costs = None
     if args.preferences:
         preferences = read_preferences(args.preferences, len(dataset.ends))
     else:
-        costs, counts = dataset.sums(dataset.costs), (args.preferred, args.dispreferred)
-        options = args.cost_limit, *counts, args.seed, args.wrong_labels
-        preferences = draw_preferences(costs, *options)
+        costs = dataset.sums(dataset.costs)
+        options = args.preferred, args.dispreferred, args.seed, args.wrong_labels
+        preferences = draw_preferences(costs, args.cost_limit, *options)
     dataset = dataset._replace(costs=None)  # from here on no training can read a cost
     given = load_policy(args.policy, args.env) if args.policy else None
 
+    # What the results depend on: flags, and the bytes of the files.
+    others = ("run_dir", "workers", "summary", "export_episodes")
+    config = {name: value for name, value in vars(args).items() if name not in others}
     files = {"dataset": path, "preferences": args.preferences, "policy": args.policy}
-    config = configuration(args, files)
+    for name, file in files.items():
+        if file:
+            config[f"{name}_sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-    name = f"runs/{args.env}__{args.method}__{args.seed}__{digest}"
-    folder = Path(args.run_dir or name).expanduser()
+    folder = f"runs/{args.env}__{args.method}__{args.seed}__{digest}"
+    folder = Path(args.run_dir or folder)
     with claimed(folder, config):
         if (folder / "metrics.json").exists():
             print(f"{folder} is complete; delete it to run again")
-            return print_run(config, json.loads((folder / "metrics.json").read_text()))
+            metrics = json.loads((folder / "metrics.json").read_text())
+            return print_table([(config, metrics)])
         writer = make_writer(folder)
         if not (folder / "pretrained.pt").exists():
             policy, curve = given or pretrain(dataset, env.action_space, args, writer)
@@ -1074,15 +1061,18 @@ def run(args):
             aligned, curve = finetune(policy.to(args.device), dataset, preferences, args, writer)
             save_policy(folder / "finetuned.pt", args.env, aligned, curve)
         aligned, curve = load_policy(folder / "finetuned.pt")
+        if writer:
+            writer.close()
 
         options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
-        metrics_before, before = evaluate(policy.cpu(), *options, "evaluation before")
-        metrics_after, after = evaluate(aligned, *options, "evaluation after")
-        metrics = {"pretrained": metrics_before, "finetuned": metrics_after}
-        print_run(config, metrics)
+        metrics, episodes = {}, {}
+        for name, candidate in (("pretrained", policy.cpu()), ("finetuned", aligned)):
+            metrics[name], episodes[name] = evaluate(candidate, *options, f"evaluating {name}")
+        print_table([(config, metrics)])
         warn_if_weak(curve)
-        draw_report(folder / "report.png", args, dataset, costs, preferences, before, after, curve)
-        write_json(folder / "metrics.json", metrics)  # the last file: now the run is complete
+        draw_report(folder / "report.png", args, dataset, costs, preferences, episodes, curve)
+        with written(folder / "metrics.json", "w") as file:  # the last: now the run is complete
+            json.dump(metrics, file, indent=2)
         print(f"results in {folder}")
 
 
@@ -1103,20 +1093,18 @@ def warn_if_weak(curve):
         print("  the labels say little about behaviour; more of them, or clearer ones, may help")
 
 
-def export_episodes(args):
+def export_episodes(args, dataset):
     """Write labels.csv, where a person labels a random choice of the data's episodes."""
-    args.env, _ = resolve_env(args.env)
-    env = make_env(args.env)
-    dataset = load_dataset(find_dataset(args, env), env, with_costs=False)
     count, returns = len(dataset.ends), dataset.sums(dataset.rewards)
     require(args.export_episodes <= count, f"--export-episodes: the data have {count} episodes.")
     path = Path(args.run_dir or f"runs/{args.env}__labels") / "labels.csv"
     require(not path.exists(), f"{path} exists, and may hold somebody's work; pass --run-dir.")
-    lines = "episode,label,first_row,last_row,return\n"
-    for e in sorted(np.random.default_rng(args.seed).permutation(count)[: args.export_episodes]):
-        lines += f"{e},,{dataset.starts[e]},{dataset.ends[e] - 1},{returns[e]:.4g}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda file: file.write(lines.encode()))
+    chosen = np.random.default_rng(args.seed).permutation(count)[: args.export_episodes]
+    with written(path, "w") as file:
+        file.write("episode,label,first_row,last_row,return\n")
+        for e in sorted(chosen):
+            file.write(f"{e},,{dataset.starts[e]},{dataset.ends[e] - 1},{returns[e]:.4g}\n")
     print(f"wrote {path}: write preferred or dispreferred into its column label, delete the lines")
     print("that you leave open, and pass the file with --preferences")
 
@@ -1127,11 +1115,9 @@ def main(argv=None):
         args = parse_args(argv)
         if args.summary:
             summarise(args.summary)
-        elif args.export_episodes:
-            export_episodes(args)
         else:
             run(args)
-    except (UserError, OSError, ModuleNotFoundError) as error:
+    except (UserError, OSError, csv.Error, ModuleNotFoundError) as error:
         print(f"prefine.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
