@@ -931,7 +931,7 @@ def print_table(runs):
 
 
 def summarise(folder):
-    """Print all runs in a folder as one table, and write it to summary.csv."""
+    """Print all runs in a folder as one table, write it to summary.csv, and draw summary.png."""
     runs = []
     for path in sorted(Path(folder).rglob("metrics.json")):
         config = json.loads(path.with_name("config.json").read_text())
@@ -942,16 +942,51 @@ def summarise(folder):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    draw_summary(Path(folder) / "summary.png", rows)
+
+
+def draw_summary(path, rows):
+    """Draw the return of each row against its cost, with their intervals, a panel per data set;
+    grey are the rows with changed flags."""
+    data = sorted({row["data"] for row in rows})
+    lines = math.ceil(len(data) / 3)
+    figure = new_figure(path, 13, 3.5 * lines)
+    if figure is None:
+        return
+    colours = {"pre-trained": "orange", "prefine": "green", "imitation": "tab:blue", "dpo": "red"}
+    panels = figure.subplots(lines, 3, squeeze=False).flatten()
+    for panel, name in zip(panels, data):
+        for row in [row for row in rows if row["data"] == name]:
+            x, y = row["cost_mean"], row["return_mean"]
+            colour = colours.get(row["method"], "0.8")
+            panel.plot([row["cost_low"], row["cost_high"]], [y, y], color=colour)
+            panel.plot([x, x], [row["return_low"], row["return_high"]], color=colour)
+            panel.plot(x, y, "o", color=colour, label=row["method"] if colour != "0.8" else None)
+        panel.axvline(float(name.split("limit ")[1]), color="k", ls="--", label="cost limit")
+        panel.set(xlabel="cost", ylabel="return")
+        panel.set_title(name, fontsize=9)
+    panels[0].legend(fontsize=7)
+    for panel in panels[len(data) :]:
+        panel.axis("off")
+    with written(path) as file:
+        figure.savefig(file, format="png", dpi=70)
+
+
+def new_figure(path, width, height):
+    """A matplotlib Figure, or None, and a line that says so, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"no {path}: matplotlib is missing; pip install matplotlib")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def draw_report(path, args, dataset, costs, preferences, episodes, curve):
     """Draw labelled trajectories, where their costs [E] are known, the ``episodes`` of evaluate()
     {"pretrained": ..., "finetuned": ...}, and how the ranking of trajectories went meanwhile."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {path}: matplotlib is missing; pip install matplotlib")
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = new_figure(path, 15, 4.5)
+    if figure is None:
+        return
     plane, traces, ranking = figure.subplots(1, 3)
     if costs is not None:
         returns = dataset.sums(dataset.rewards)

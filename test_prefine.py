@@ -1542,6 +1542,7 @@ def test_a_summary_has_a_row_for_each_set_of_flags_and_tests_it_against_the_defa
     assert default["return"].startswith("102 [100.8, 103.") and default["seeds"] == "5"
     assert beta["p return, cost"] == "0.062, 0.062"  # 2 / 2^5: every one of five seeds agrees
     assert rows[data, "pre-trained"]["violations"] == "100%"
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     with open(tmp_path / "summary.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
 
