@@ -958,10 +958,11 @@ def draw_summary(path, rows):
     for panel, name in zip(panels, data):
         for row in [row for row in rows if row["data"] == name]:
             x, y = row["cost_mean"], row["return_mean"]
-            colour = colours.get(row["method"], "0.8")
-            panel.plot([row["cost_low"], row["cost_high"]], [y, y], color=colour)
-            panel.plot([x, x], [row["return_low"], row["return_high"]], color=colour)
-            panel.plot(x, y, "o", color=colour, label=row["method"] if colour != "0.8" else None)
+            is_preset = row["method"] in colours
+            style = {"color": colours.get(row["method"], "0.8"), "zorder": 2 if is_preset else 1}
+            panel.plot([row["cost_low"], row["cost_high"]], [y, y], **style)
+            panel.plot([x, x], [row["return_low"], row["return_high"]], **style)
+            panel.plot(x, y, "o", label=row["method"] if is_preset else None, **style)
         panel.axvline(float(name.split("limit ")[1]), color="k", ls="--", label="cost limit")
         panel.set(xlabel="cost", ylabel="return")
         panel.set_title(name, fontsize=9)
