@@ -42,6 +42,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import socket
 import sys
@@ -95,7 +96,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cpu", help="torch device to train on: cpu, cuda, cuda:1")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="parallel simulators")
-    add("--run-dir", type=home, metavar="FOLDER", help="else runs/ENV__METHOD__SEED__DIGEST")
+    add("--run-dir", type=home, metavar="FOLDER", help="results; else in runs/, by flags")
     add("--summary", type=home, metavar="FOLDER", help="print one table of all runs in it, and end")
 
     add = parser.add_argument_group("data and preferences").add_argument
@@ -119,18 +120,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--finetune-updates", type=int, default=2000, help="updates of the fine-tuning")
     add("--finetune-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
-    add(
-        "--beta",
-        type=float,
-        default=1.0,
-        help="a preferred pair counts until it is some 1/beta apart",
-    )
+    add("--beta", type=float, default=1.0, help="some 1/beta nats apart a preferred pair is done")
     add("--contrast", type=float, default=1.0, help="weight of preferred above counterfactual")
     add("--imitation", type=float, default=1.0, help="weight of the preferred actions' -log pi")
     add("--pair", type=float, default=0.0, help="weight of preferred above dispreferred steps, DPO")
     add("--ess", type=float, default=0.15, help="least effective share of the preferred")
-    add("--leave-out", type=float, default=0.5, help="from which share of dispreferred steps")
-    add("--counterfactual", choices=["reference", "current"], default="reference", help="of")
+    add("--leave-out", type=float, default=0.5, help="at a higher share of dispreferred steps")
+    add("--counterfactual", choices=["reference", "current"], default="reference", help="policy")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-episodes", type=int, default=20, help="simulated episodes, before and after")
@@ -205,6 +201,7 @@ def load_policy(path, env_id=None):
     """The GaussianPolicy of a checkpoint and its training curve; tensors are read, never code.
 
     UserError: it is damaged, or not of save_policy(), or of another task."""
+    damage = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         is_right = content["format"] == 1 and env_id in (None, content["env"])
@@ -214,7 +211,7 @@ def load_policy(path, env_id=None):
         policy = GaussianPolicy(state["low"], state["high"], state["mean"], state["std"], hidden)
         policy.load_state_dict(state)
         return policy, content.get("curve", [])
-    except Exception as error:  # damaged and foreign files fail in every way
+    except (*damage, pickle.UnpicklingError, UserError) as error:
         found = " ".join(str(error).split())[:99]
         needs = f"a checkpoint of prefine.py, format 1 of {env_id or 'any task'}"
         raise UserError(f"{path}: needs {needs}; found {found}.") from None
@@ -428,13 +425,13 @@ def finetune(policy, dataset, preferences, args, writer=None):
     observations, actions = dataset.steps(preferred, device)
     other_observations, other_actions = dataset.steps(preferences["dispreferred"], device)
 
-    curve, updates, size = [], args.finetune_updates, (args.batch_size,)
+    curve, updates, size = [], args.finetune_updates, args.batch_size
     generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for update in progress(range(1, updates + 1), "fine-tuning"):
         # A batch: steps of preferred trajectories, the states and the actions taken there.
-        batch = torch.multinomial(step_weights, *size, replacement=True, generator=generator)
+        batch = torch.multinomial(step_weights, size, replacement=True, generator=generator)
         states, taken = observations[batch], actions[batch]
 
         # Log-ratios of the actions taken and of the counterfactual ones.
@@ -450,7 +447,7 @@ def finetune(policy, dataset, preferences, args, writer=None):
         loss = args.contrast * contrast + args.imitation * imitation
         terms = {"losses/contrast": contrast, "losses/imitation": imitation}
         if args.pair:  # plain DPO by steps: preferred above any dispreferred one
-            other = torch.randint(len(other_actions), size, generator=generator, device=device)
+            other = torch.randint(len(other_actions), (size,), generator=generator, device=device)
             states, actions_there = other_observations[other], other_actions[other]
             h_dispreferred = log_ratio(policy(states), reference(states), actions_there, low, high)
             pair = preference_loss(h_taken, h_dispreferred, args.beta).mean()
@@ -843,8 +840,10 @@ def lidar_controller(env, seed):
     if car:
         clearance |= {"gremlins": 0.7, "buttons": 0.35}
 
+    unflatten, parts = import_simulators().spaces.unflatten, env.unwrapped.obs_space_dict
+
     def act(observation):
-        seen = import_simulators().spaces.unflatten(env.unwrapped.obs_space_dict, observation)
+        seen = unflatten(parts, observation)
         goal = seen["goal_lidar"] @ bins
         drive, turn = goal / (np.linalg.norm(goal) + 1e-6) - damping @ seen["velocimeter"][:2]
         for name, metres in clearance.items():
@@ -938,7 +937,7 @@ def summarise(folder):
         runs.append((config, json.loads(path.read_text())))
     require(runs, f"--summary {folder}: no metrics.json in it; each finished run has one.")
     rows = print_table(runs)
-    with open(Path(folder) / "summary.csv", "w", newline="") as file:
+    with written(Path(folder) / "summary.csv", "w") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -963,7 +962,7 @@ def draw_summary(path, rows):
             panel.plot([row["cost_low"], row["cost_high"]], [y, y], **style)
             panel.plot([x, x], [row["return_low"], row["return_high"]], **style)
             panel.plot(x, y, "o", label=row["method"] if is_preset else None, **style)
-        panel.axvline(float(name.split("limit ")[1]), color="k", ls="--", label="cost limit")
+        panel.axvline(float(name.rpartition("limit ")[2]), color="k", ls="--", label="cost limit")
         panel.set(xlabel="cost", ylabel="return")
         panel.set_title(name, fontsize=9)
     panels[0].legend(fontsize=7)

@@ -74,12 +74,14 @@ experiments() {
   done
 }
 
-# The experiments that are asked for and whose data are here.
-chosen() {
-  local line
-  experiments | grep -e "${ONLY:-}" | while read -r line; do
-    if [[ $line != *"$SHARED"* || -d $SHARED ]]; then echo "$line"; fi
-  done
+# Sets TASKS to a file of the experiments that are asked for and whose data are here.
+choose() {
+  TASKS=$(mktemp runs/logs/tasks.XXXXXX)
+  experiments | grep -e "${ONLY:-}" >"$TASKS" || fail "no experiment's flags match ONLY=$ONLY."
+  if [ ! -d "$SHARED" ] && grep -q "$SHARED" "$TASKS"; then
+    say "skipped: the experiments on files of $SHARED, which is not here"
+    sed -i "\\|$SHARED|d" "$TASKS"
+  fi
 }
 
 # One experiment, by its flags; prefine.py itself knows whether it is done.
@@ -93,26 +95,26 @@ experiment() {
 
 run_here() {
   [[ $1 =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number of processes, as in -j 4; found '$1'."
+  choose
   export -f experiment say
   # shellcheck disable=SC2016  # the inner bash expands $@; one that fails does not stop the others
-  chosen | xargs -P "$1" -L 1 bash -c 'experiment "$@" || exit 1' experiment ||
+  xargs -r -P "$1" -L 1 bash -c 'experiment "$@" || exit 1' experiment <"$TASKS" ||
     fail "some experiments failed, see above; the same command tries them again."
   summary runs
 }
 
 # One job array, a task per experiment, and a job after it for the summary.
 submit() {
-  local tasks array
+  local array
   command -v sbatch >/dev/null || fail "--slurm needs sbatch in PATH; -j N runs here, without it."
-  tasks=$(mktemp runs/logs/tasks.XXXXXX)
-  chosen >"$tasks"
-  array=$(sbatch --parsable --job-name=prefine --array="1-$(wc -l <"$tasks")" --cpus-per-task=2 \
-    --output=runs/logs/slurm-%A_%a.log "$@" run_all.sh task "$tasks") ||
+  choose
+  array=$(sbatch --parsable --job-name=prefine --array="1-$(wc -l <"$TASKS")" --cpus-per-task=2 \
+    --output=runs/logs/slurm-%A_%a.log "$@" run_all.sh task "$TASKS") ||
     fail "sbatch refused the job array, see above; flags after --slurm go to sbatch."
   sbatch --parsable --job-name=prefine-summary --dependency="afterany:$array" \
     --output=runs/summary.md "$@" run_all.sh summary >/dev/null ||
     fail "sbatch refused the summary, see above; the array $array has been submitted."
-  say "job array $array has $(wc -l <"$tasks") tasks; logs in runs/logs, the table in runs/summary.md." \
+  say "job array $array has $(wc -l <"$TASKS") tasks; logs in runs/logs, the table in runs/summary.md." \
     "The same command submits again; what is done ends in seconds."
 }
 

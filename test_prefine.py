@@ -1587,6 +1587,10 @@ def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run
     same_run(made, ball_run[0])
     done = run_all("-j", "2", ONLY="OfflineBallCircle.*--method prefine", SEEDS="-1")
     assert done.returncode == 2 and "failed, see runs/logs" in done.stderr
+    done = run_all("-j", "2", ONLY="no such flag")
+    assert done.returncode == 2 and "no experiment's flags match" in done.stderr
+    done = run_all("-j", "2", ONLY="halfcheetah.*--method prefine")  # its file is not here
+    assert done.returncode == 0 and "skipped: the experiments on files of" in done.stderr
     for arguments in (["-j", "x"], ["nonsense"]):
         done = run_all(*arguments)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
