@@ -880,10 +880,8 @@ class Constant(torch.nn.Module):
         return self.action.expand(len(observations), -1)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_any_policy_is_evaluated_and_the_numbers_are_those_of_its_episodes(workers):
-    policy = Constant([1.0, 0.0])
-    metrics, runs = prefine.evaluate(policy, "OfflineBallRun", episodes=3, workers=workers)
+def test_any_policy_is_evaluated_and_the_numbers_are_those_of_its_episodes(cache):
+    metrics, runs = prefine.evaluate(Constant([1.0, 0.0]), "OfflineBallRun", episodes=3, workers=2)
     returns, costs = ([run[key].sum() for run in runs] for key in ("rewards", "costs"))
     assert metrics["return_mean"] == pytest.approx(np.mean(returns)) and len(runs) == 3
     assert metrics["cost_mean"] == pytest.approx(np.mean(costs))
@@ -931,6 +929,8 @@ def check_metrics(folder, episodes):
 
 
 def test_a_whole_run_in_bullet_safety_gym(ball_run, cache):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder, done = ball_run
     check_metrics(folder, episodes=2)
     files = {"config.json", "finetuned.pt", "metrics.json", "pretrained.pt", "report.png"}
@@ -944,20 +944,9 @@ def test_a_whole_run_in_bullet_safety_gym(ball_run, cache):
     assert config["preferred"] == 4 and config["cost_limit"] == 10 and config["env"] == BALL
     _, curve = prefine.load_policy(folder / "finetuned.pt")
     assert [row["update"] for row in curve] == [100, 200, 300]
-
-
-def test_where_the_output_is_no_terminal_each_stage_has_a_line(ball_run):
-    lines = ball_run[1].stderr.replace("\r", "\n").splitlines()
-    for stage in "collecting", "pre-training", "fine-tuning", "evaluating pretrained":
-        assert any(line.startswith(f"{stage}: 100%") for line in lines), stage
-    assert len(lines) < 30
-
-
-def test_tensorboard_reads_the_curves(ball_run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(ball_run[0])).Reload()
-    _, curve = prefine.load_policy(ball_run[0] / "finetuned.pt")
+    is_weak = curve[-1]["accuracy/heldout/preferred_dispreferred"] < 0.7
+    assert ("warning: " in done.stdout) == is_weak
+    events = EventAccumulator(str(folder)).Reload()
     for name, last in curve[-1].items():
         if name != "update":
             assert events.Scalars(name)[-1].value == pytest.approx(last, rel=1e-5)
@@ -1034,17 +1023,6 @@ def test_20_interruptions_at_random_moments_change_no_number(ball_run, tmp_path)
     assert {0, 3} < set(hit) and len(hit) > 12  # a few may come just after the end
 
 
-def test_ctrl_c_ends_with_one_sentence_and_130(ball_run, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*BALL_RUN.split(), "--run-dir", folder, "--eval-episodes", 400)
-    wait_until(lambda: (folder / "finetuned.pt").exists())
-    time.sleep(3)  # into the evaluation, with its workers
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "interrupted; the same command goes on" in error and "Traceback" not in error
-
-
 def group(leader):
     """The processes of the group of this number that still run."""
     found = []
@@ -1061,17 +1039,24 @@ def worker_processes(leader):
     return [pid for pid, path in lines.items() if b"LokyProcess" in path.read_bytes()]
 
 
-@pytest.mark.parametrize("victim", ["worker", "main"])
+@pytest.mark.parametrize("victim", ["worker", "main", "Ctrl-C"])
 def test_a_killed_process_is_reported_and_leaves_no_other(victim, ball_run, tmp_path):
     folder = tmp_path / "run"
     process = start(*BALL_RUN.split(), "--run-dir", folder, "--eval-episodes", 400)
     wait_until(lambda: len(worker_processes(process.pid)) == 2)
     time.sleep(2)
-    os.kill(worker_processes(process.pid)[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    if victim == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        pid = worker_processes(process.pid)[0] if victim == "worker" else process.pid
+        os.kill(pid, signal.SIGKILL)
     error = process.communicate(timeout=60)[1]
     if victim == "worker":
         assert process.returncode == 2
         assert "a worker process failed" in error.splitlines()[-1] and "--workers" in error
+    if victim == "Ctrl-C":
+        assert process.returncode == 130 and "Traceback" not in error
+        assert "interrupted; the same command goes on" in error
     wait_until(lambda: not group(process.pid), 30)
     assert not (folder / "metrics.json").exists()
 
@@ -1118,74 +1103,59 @@ def test_other_flags_in_the_same_folder_are_refused_and_named(ball_run, capfd):
     assert (ball_run[0] / "metrics.json").read_bytes() == content
 
 
-@pytest.mark.parametrize("kind", ["dataset", "policy", "preferences"])
 @pytest.mark.parametrize("state", ["complete", "interrupted"])
-def test_a_run_knows_its_files_by_their_content(kind, state, ball_run, tmp_path, capfd):
+def test_a_run_knows_its_files_by_their_content(state, ball_run, tmp_path, capfd):
     """The same command and the same name, but another file: never the old result."""
-    data, policy = tmp_path / "data.hdf5", tmp_path / "policy.pt"
-    labels, folder = tmp_path / "labels.csv", tmp_path / "run"
-    write_hdf5(data, small_arrays())
-    shutil.copy(ball_run[0] / "pretrained.pt", policy)
-    write_preferences(labels, [(0, "preferred"), (1, "dispreferred")])
-    line = f"--env {BALL} --dataset {data} --policy {policy} --preferences {labels} --workers 1"
-    line += f" --run-dir {folder} --eval-episodes 1 --finetune-updates 5"
+    files = {name: tmp_path / name for name in ("dataset", "policy", "preferences")}
+    write_hdf5(files["dataset"], small_arrays())
+    shutil.copy(ball_run[0] / "pretrained.pt", files["policy"])
+    write_preferences(files["preferences"], [(0, "preferred"), (1, "dispreferred")])
+    line = f"--env {BALL} --run-dir {tmp_path / 'run'} --eval-episodes 1 --finetune-updates 5 "
+    line += "--workers 1 " + " ".join(f"--{name} {path}" for name, path in files.items())
     assert run(line) == 0
     if state == "interrupted":
-        (folder / "metrics.json").unlink()
-    before = {file: file.read_bytes() for file in folder.iterdir()}
-    if kind == "dataset":
-        arrays = small_arrays()
-        arrays["rewards"][3] += 1
-        write_hdf5(data, arrays)
-    if kind == "policy":
-        shutil.copy(ball_run[0] / "finetuned.pt", policy)
-    if kind == "preferences":
-        write_preferences(labels, [(2, "preferred"), (1, "dispreferred")])
-    capfd.readouterr()
-    assert run(line) == 2
-    assert f"has another --{kind} (content)" in capfd.readouterr().err
-    assert {file: file.read_bytes() for file in folder.iterdir()} == before
-    for name in ("metrics.json", "config.json"):
-        (folder / name).unlink(missing_ok=True)
+        (tmp_path / "run" / "metrics.json").unlink()
+    changes = {
+        "dataset": replace("rewards", put(9)),
+        "policy": lambda path: shutil.copy(ball_run[0] / "finetuned.pt", path),
+        "preferences": lambda path: write_preferences(
+            path, [(2, "preferred"), (1, "dispreferred")]
+        ),
+    }
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for name, path in files.items():
+        content = path.read_bytes()
+        changes[name](path)
+        capfd.readouterr()
+        assert run(line) == 2
+        assert f"has another --{name} (content);" in capfd.readouterr().err
+        assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+        path.write_bytes(content)
 
 
-def test_data_of_changed_controllers_are_not_taken_for_those_of_today(ball, cache, monkeypatch):
-    arguments = flags(f"--env {BALL} --dataset scripted --scripted-episodes 2 --workers 1")
-    path = prefine.find_dataset(arguments, ball)
-    assert prefine.find_dataset(arguments, ball) == path and path.exists()
-
-    def controller(env, seed):
-        return lambda observation: np.ones(2)
-
-    monkeypatch.setitem(prefine.CONTROLLERS, BALL, controller)
-    other = prefine.find_dataset(arguments, ball)
-    assert other != path
-    actions = [prefine.load_dataset(each, ball).actions for each in (path, other)]
-    assert not torch.equal(*actions) and (actions[1] == 1).all()
-
-
-def test_a_trained_policy_is_taken_instead_of_pretraining(ball_run, tmp_path):
+def test_a_trained_policy_is_taken_instead_of_pretraining(ball_run, tmp_path, capfd):
     policy = ball_run[0] / "pretrained.pt"
     line = f"{BALL_RUN} --policy {policy} --run-dir {tmp_path / 'e'}"
     assert run(line) == 0
     assert metrics(tmp_path / "e") == metrics(ball_run[0])
+    # And where fine-tuning changes nothing, no pair is ranked right: the labels said nothing.
+    line = f"{BALL_RUN} --policy {policy} --run-dir {tmp_path / 'f'} --contrast 0 --imitation 0"
+    assert run(line) == 0 and "warning: 0% of held-out pairs" in capfd.readouterr().out
+    assert metrics(tmp_path / "f")["finetuned"] == metrics(ball_run[0])["pretrained"]
 
 
 @pytest.fixture(scope="module")
 def swimmer(tmp_path_factory):
     """A data set of random actions, recorded in a Safety-Gymnasium task; its path and arrays."""
-    env = prefine.make_env("OfflineSwimmerVelocityGymnasium-v1")
-    rng, rows = np.random.default_rng(0), []
-    for seed in range(12):
-        observation, _ = env.reset(seed=seed)
-        push, ended, timeout = rng.uniform(-1, 1, 2), False, False
-        while not (ended or timeout):
-            action = np.clip(push + 0.5 * rng.normal(size=2), -1, 1)
-            following, reward, ended, timeout, info = env.step(action)
-            rows.append((observation, action, reward, info["cost"], ended, timeout))
-            observation = following
-    names = ("observations", "actions", "rewards", "costs", "terminals", "timeouts")
-    arrays = {name: np.array(column) for name, column in zip(names, zip(*rows))}
+
+    def controller(env, seed):
+        rng = np.random.default_rng(seed)
+        push = rng.uniform(-1, 1, 2)
+        return lambda observation: push + 0.5 * rng.normal(size=2)
+
+    env_id = "OfflineSwimmerVelocityGymnasium-v1"
+    runs = prefine.run_episodes(env_id, controller, range(12), 1, "test")
+    arrays = {name: np.concatenate([run[name] for run in runs]) for name in prefine.KEYS}
     path = tmp_path_factory.mktemp("swimmer") / "swimmer.hdf5"
     return write_hdf5(path, arrays), arrays
 
@@ -1224,34 +1194,12 @@ def test_labels_from_a_person_from_export_to_table(swimmer, tmp_path, capfd):
     check_metrics(tmp_path / "j", episodes=2)
 
 
-def test_labels_that_say_nothing_get_a_warning(capfd):
-    name = "accuracy/heldout/preferred_dispreferred"
-    for curve, words in ([{name: 0.55}], "55%"), ([{name: 0.9}], ""), ([], ""):
-        prefine.warn_if_weak(curve)
-        found = capfd.readouterr().out
-        assert bool(words) == ("warning" in found) and words in found
-
-
 # ------------------------------------------------------------------------------- the command line
-def help_text(capfd):
-    with pytest.raises(SystemExit) as caught:
-        prefine.main(["--help"])
-    assert caught.value.code == 0
-    return capfd.readouterr().out
-
-
 @fast
 def test_a_method_is_a_set_of_flags_and_flags_override_it():
     assert flags("--method dpo").pair == 1 and flags("--method dpo").contrast == 0
     assert flags("--method dpo --contrast 0.7").contrast == 0.7
     assert flags("--beta 0.1").beta == 0.1 and flags("--beta 0.1").pair == 0
-
-
-def test_workers_are_the_processors_that_this_process_may_use():
-    code = "import os\nos.sched_setaffinity(0, {0})\nimport prefine\n"
-    code += "print(prefine.parse_args([]).workers)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_home_that_cannot_be_written_names_the_variable(tmp_path):
@@ -1299,43 +1247,20 @@ class Mine(torch.nn.Module):
     def forward(self, observations):
         return torch.tanh(self.layer(observations)), 1
 
-metrics, _ = prefine.evaluate(Mine(), "OfflineBallRun", episodes=2, workers={workers})
+metrics, _ = prefine.evaluate(Mine(), "OfflineBallRun", episodes=2, workers=2)
 print(metrics["episodes"])
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("how", ["file", "standard input"])
-def test_a_class_of_a_script_without_a_main_guard_is_evaluated(how, workers, tmp_path, cache):
-    script = SCRIPT.format(here=str(HERE), workers=workers)
+def test_a_class_of_a_script_without_a_main_guard_is_evaluated(how, tmp_path, cache):
+    script = SCRIPT.format(here=str(HERE))
     (tmp_path / "script.py").write_text(script)
     line = [sys.executable, "script.py" if how == "file" else "-"]
     done = subprocess.run(
         line, input=script, capture_output=True, text=True, cwd=tmp_path, timeout=100
     )
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
-
-
-def test_what_a_worker_cannot_import_is_named(tmp_path, cache):
-    (tmp_path / "here.py").write_text("def controller(env, seed): return lambda o: o[:2]")
-    code = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
-import importlib.util, prefine
-spec = importlib.util.spec_from_file_location("here", "here.py")
-here = sys.modules["here"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(here)
-sys.path[:] = [p for p in sys.path if p not in ("", {str(tmp_path)!r})]
-try:
-    prefine.run_episodes("OfflineBallRun-v0", here.controller, range(2), 2, "test")
-except prefine.UserError as error:
-    print(error)
-"""
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "script.py").write_text(code)
-    line = [sys.executable, "sub/script.py"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=100)
-    assert "No module named 'here'" in done.stdout and "--workers 1" in done.stdout, done.stderr
 
 
 # -------------------------------------------------------------------------------------- summary
@@ -1364,7 +1289,7 @@ def test_a_summary_has_a_row_for_each_set_of_flags_and_tests_it_against_the_defa
     tmp_path, capfd
 ):
     for seed in range(5):
-        names = {"default": {}, "beta": {"beta": 5.0}, "dpo": {"method": "dpo"} | METHOD_DPO}
+        names = {"default": {}, "beta": {"beta": 5.0}, "dpo": {"method": "dpo"}}
         names["other data"] = {"dataset_sha256": "cd34" * 16}
         names["labels"] = {"preferences": "x/labels.csv", "preferences_sha256": "ef56" * 16}
         for i, (name, config) in enumerate(names.items()):
@@ -1385,9 +1310,6 @@ def test_a_summary_has_a_row_for_each_set_of_flags_and_tests_it_against_the_defa
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     with open(tmp_path / "summary.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-
-
-METHOD_DPO = prefine.METHODS["dpo"]
 
 
 # ------------------------------------------------------------------------- run_all.sh and README
@@ -1463,8 +1385,9 @@ def test_the_readmes_example_by_hand_is_right():
     assert expected and done.stdout.splitlines() == expected, done.stderr
 
 
-def test_every_flag_that_the_readme_names_exists(capfd):
-    known = set(re.findall(r"--[a-z][a-z-]*", help_text(capfd))) | {"--osrl", "--slurm", "--quick"}
+def test_every_flag_that_the_readme_names_exists():
+    known = {"--osrl", "--slurm", "--quick"}
+    known |= set(re.findall(r"--[a-z][a-z-]*", command("--help").stdout))
     for line in (HERE / "README.md").read_text().splitlines():
         if not re.search(r"\b(pip|uv|git|pytest|docker|sbatch)\b", line):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) <= known, line
