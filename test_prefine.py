@@ -11,6 +11,7 @@ of whoever runs this is never touched.
 
 import contextlib
 import csv
+import functools
 import http.server
 import json
 import math
@@ -1400,7 +1401,7 @@ def seconds(work, *arguments):
     return time.perf_counter() - start
 
 
-def bare_updates(count):
+def bare_updates(count=1000):
     """A bare forward, backward and fused-Adam step of the default policy, so many times."""
     policy = prefine.GaussianPolicy([-1] * 2, [1] * 2, *np.ones((2, 88)))
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)
@@ -1428,7 +1429,7 @@ def bench(episodes):
     torch.set_num_threads(1)
     car, arrays = "OfflineCarButton1Gymnasium-v0", car_button_arrays(episodes)
 
-    def show(name, first, second, repeats):
+    def show(name, first, second, repeats=5):
         ratios = [seconds(first) / seconds(second) for _ in range(repeats)]
         print(f"| {name} | {statistics.median(ratios):.2f} |", flush=True)
 
@@ -1439,35 +1440,16 @@ def bench(episodes):
     print("| ratio | measured |\n|---|---:|")
     with tempfile.TemporaryDirectory() as folder:
         path, env = write_hdf5(Path(folder) / "data.hdf5", arrays), prefine.make_env(car)
-        show(
-            "loading to h5py's reading",
-            lambda: prefine.load_dataset(path, env),
-            lambda: read(path),
-            3,
-        )
-    data = prefine.make_dataset(**arrays)
+        load = functools.partial(prefine.load_dataset, path, env)
+        show("loading to h5py's reading", load, lambda: read(path), 3)
+    data = prefine.make_dataset(**{name: values[:80_000] for name, values in arrays.items()})
     policy = prefine.GaussianPolicy(*BOX, np.zeros(88), np.ones(88))
     pairs = {"preferred": list(range(40)), "dispreferred": list(range(40, 80))}
-    small = prefine.make_dataset(**{name: values[:80_000] for name, values in arrays.items()})
-
-    def train(updates, kind="finetune", data=small):
-        if kind == "pretrain":
-            return prefine.pretrain(data, BOX_SPACE, flags(f"--pretrain-updates {updates}"))
-        return prefine.finetune(policy, data, pairs, flags(f"--finetune-updates {updates}"))
-
-    show(
-        "a pre-training update to a bare one",
-        lambda: train(1000, "pretrain"),
-        lambda: bare_updates(1000),
-        5,
-    )
-    show("a fine-tuning update to a bare one", lambda: train(1000), lambda: bare_updates(1000), 5)
-    show(
-        "fine-tuning on all data to on 80 episodes",
-        lambda: train(500, data=data),
-        lambda: train(500),
-        5,
-    )
+    args = flags("--pretrain-updates 1000 --finetune-updates 1000")
+    pretrain = functools.partial(prefine.pretrain, data, BOX_SPACE, args)
+    show("a pre-training update to a bare one", pretrain, bare_updates)
+    finetune = functools.partial(prefine.finetune, policy, data, pairs, args)
+    show("a fine-tuning update to a bare one", finetune, bare_updates)
     if len(os.sched_getaffinity(0)) > 1:
 
         def evaluate(workers):
