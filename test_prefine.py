@@ -1186,7 +1186,8 @@ def test_labels_from_a_person_from_export_to_table(swimmer, tmp_path, capfd):
     assert float(row["return"]) == pytest.approx(returns, rel=1e-3)
     assert int(row["last_row"]) - int(row["first_row"]) == 999
     line = f"--dataset {path} --preferences {labels} --run-dir {tmp_path / 'j'}"
-    assert run(SWIMMER_RUN, line) == 2 and "is not filled in" in capfd.readouterr().err
+    assert run(SWIMMER_RUN, line) == 2
+    assert re.search("labels.csv, line 2.*delete the line", capfd.readouterr().err)
     assert run(SWIMMER_RUN, f"--dataset {path} --run-dir {tmp_path / 'i'} --export-episodes 8") == 2
     assert "may hold somebody's work" in capfd.readouterr().err
     filled = [(r["episode"], ["preferred", "dispreferred"][i % 2]) for i, r in enumerate(rows)]
