@@ -34,9 +34,9 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
-import functools
 import hashlib
 import inspect
 import json
@@ -44,10 +44,9 @@ import math
 import os
 import pickle
 import re
+import signal
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -56,7 +55,7 @@ import h5py
 import joblib
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from scipy import stats
 from torch import nn
 from tqdm import tqdm
@@ -87,7 +86,7 @@ def parse_args(argv=None):
     """Flags to a namespace; ``parse_args(["--beta", "0.5"])`` has the defaults of all others."""
     parser = argparse.ArgumentParser("prefine.py", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = functools.partial(require, False)  # main() prints it, as any other bad input
+    parser.error = lambda sentence: require(False, f"{sentence}; --help describes each flag.")
     home = os.path.expanduser
 
     add = parser.add_argument_group("run").add_argument
@@ -131,21 +130,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-episodes", type=int, default=20, help="simulated episodes, before and after")
 
-    args, unknown = parser.parse_known_args(argv)
-    known = ["--" + name.replace("_", "-") for name in vars(args)]
-    for flag in unknown:
-        nearest = difflib.get_close_matches(flag, known, 1, 0)
-        parser.error(f"{flag}: no such flag; the nearest is {nearest[0]}.")
-    parser.set_defaults(**METHODS[args.method])
+    parser.set_defaults(**METHODS[parser.parse_args(argv).method])
     args = parser.parse_args(argv)
     numbers = vars(args) | {"hidden": min(args.hidden)}
     for name, value in numbers.items():
         if isinstance(value, (int, float)):
-            kind = "positive" if name in POSITIVE else "non-negative"
             highest = 1 if name in SHARES else 1e9
-            is_right = value > 0 or value == 0 and kind == "non-negative"
-            needs = f"--{name.replace('_', '-')}: needs a {kind} number, at most {highest:g}"
-            require(is_right and value <= highest, f"{needs}; found {value}.")
+            is_right = 0 <= value <= highest and (value or name not in POSITIVE)
+            needs = f"needs a {'positive' if name in POSITIVE else 'non-negative'} number"
+            flag = f"--{name.replace('_', '-')}"
+            require(is_right, f"{flag}: {needs}, at most {highest:g}; found {value}.")
     return args
 
 
@@ -306,17 +300,14 @@ def read_preferences(path, episodes):
     require("episode" in columns and "label" in columns, f"{where}: {needs}.")
     reader.fieldnames = columns
     for row in reader:
-        line = f"{where}, line {reader.line_num}"
         episode, label = row["episode"].strip(), row["label"].strip().lower()
+        line = f"{where}, line {reader.line_num}: found episode '{episode}', label '{label}'"
         is_episode = re.fullmatch("[0-9]{1,9}", episode) and int(episode) < episodes
-        needs = f"needs an episode from 0 to {episodes - 1}; found '{episode}'"
-        require(is_episode, f"{line}: {needs}.")
-        needs = "is not filled in: write preferred or dispreferred, or delete the line"
-        require(label, f"{line}: the label of episode {episode} {needs}.")
-        needs = f"needs the label preferred or dispreferred; found '{label}'"
-        require(label in preferences, f"{line}: {needs}.")
+        require(is_episode, f"{line}; needs an episode from 0 to {episodes - 1}.")
+        needs = "needs the label preferred or dispreferred; or delete the line"
+        require(label in preferences, f"{line}; {needs}.")
         is_known = int(episode) in preferences["preferred"] + preferences["dispreferred"]
-        require(not is_known, f"{line}: episode {episode} has a label already.")
+        require(not is_known, f"{line}; the episode has a label already.")
         preferences[label].append(int(episode))
     check_preferences(preferences, episodes, where)
     return preferences
@@ -561,24 +552,18 @@ def run_episode(env_id, make_controller, seed):
 KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
 
 
-def follow_parent(parent):
-    """In a worker: end with the process that started it, however that ends."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def end_with_parent():
+    """In a worker: end when the process that started it does, however that ends (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run_episodes(env_id, make_controller, seeds, workers, title):
     """``run_episode`` for each seed, in parallel; one worker is this process. UserError: a worker
     process failed."""
     jobs = [joblib.delayed(run_episode)(env_id, make_controller, seed) for seed in seeds]
-    of_worker = {"initializer": follow_parent, "initargs": (os.getpid(),)}
+    options = {"inner_max_num_threads": 1, "initializer": end_with_parent}
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=1, **of_worker):
+        with joblib.parallel_config("loky", **options):
             parallel = joblib.Parallel(workers, return_as="generator")
             return list(progress(parallel(jobs), title, len(jobs)))
     except joblib.externals.loky.BrokenProcessPool as error:
@@ -692,8 +677,7 @@ def find_dataset(args, env):
 
     if args.dataset not in ("dsrl", "scripted"):
         path = Path(args.dataset)
-        near = difflib.get_close_matches(args.dataset, ["dsrl", "scripted"]) or ["another"]
-        require(path.exists(), f"--dataset {path}: no such file; is {near[0]} meant?")
+        require(path.exists(), f"--dataset {path}: no such file; dsrl and scripted need none.")
         return path
     url = env.unwrapped.dataset_url
     path = Path(dsrl.offline_env.DATASET_PATH) / Path(url).name
@@ -941,52 +925,47 @@ def summarise(folder):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    draw_summary(Path(folder) / "summary.png", rows)
+    draw(draw_summary, Path(folder) / "summary.png", rows)
 
 
-def draw_summary(path, rows):
-    """Draw the return of each row against its cost, with their intervals, a panel per data set;
-    grey are the rows with changed flags."""
-    data = sorted({row["data"] for row in rows})
-    lines = math.ceil(len(data) / 3)
-    figure = new_figure(path, 13, 3.5 * lines)
-    if figure is None:
-        return
-    colours = {"pre-trained": "orange", "prefine": "green", "imitation": "tab:blue", "dpo": "red"}
-    panels = figure.subplots(lines, 3, squeeze=False).flatten()
-    for panel, name in zip(panels, data):
-        for row in [row for row in rows if row["data"] == name]:
-            x, y = row["cost_mean"], row["return_mean"]
-            is_preset = row["method"] in colours
-            style = {"color": colours.get(row["method"], "0.8"), "zorder": 2 if is_preset else 1}
-            panel.plot([row["cost_low"], row["cost_high"]], [y, y], **style)
-            panel.plot([x, x], [row["return_low"], row["return_high"]], **style)
-            panel.plot(x, y, "o", label=row["method"] if is_preset else None, **style)
-        panel.axvline(float(name.rpartition("limit ")[2]), color="k", ls="--", label="cost limit")
-        panel.set(xlabel="cost", ylabel="return")
-        panel.set_title(name, fontsize=9)
-    panels[0].legend(fontsize=7)
-    for panel in panels[len(data) :]:
-        panel.axis("off")
-    with written(path) as file:
-        figure.savefig(file, format="png", dpi=70)
-
-
-def new_figure(path, width, height):
-    """A matplotlib Figure, or None, and a line that says so, where matplotlib is missing."""
+def draw(function, path, *contents):
+    """Save the figure that function(figure, *contents) draws; without matplotlib say so."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f"no {path}: matplotlib is missing; pip install matplotlib")
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(layout="constrained")
+    function(figure, *contents)
+    with written(path) as file:
+        figure.savefig(file, format="png", dpi=80)
 
 
-def draw_report(path, args, dataset, costs, preferences, episodes, curve):
+def draw_summary(figure, rows):
+    """Draw the return of each row against its cost, with their intervals, a panel per data set;
+    grey are the rows with changed flags."""
+    colours = {"pre-trained": "orange", "prefine": "green", "imitation": "tab:blue", "dpo": "red"}
+    rows = sorted(rows, key=lambda row: row["method"] in colours)  # grey ones first, below
+    data = sorted({row["data"] for row in rows})
+    lines = math.ceil(len(data) / 3)
+    figure.set_size_inches(13, 3.5 * lines)
+    for place, name in enumerate(data, start=1):
+        panel = figure.add_subplot(lines, 3, place)
+        for row in [row for row in rows if row["data"] == name]:
+            x, y, colour = row["cost_mean"], row["return_mean"], colours.get(row["method"], "0.8")
+            panel.plot([row["cost_low"], row["cost_high"]], [y, y], color=colour)
+            panel.plot([x, x], [row["return_low"], row["return_high"]], color=colour)
+            label = row["method"] if row["method"] in colours else None
+            panel.plot(x, y, "o", color=colour, label=label)
+        panel.axvline(float(name.rpartition("limit ")[2]), color="k", ls="--", label="cost limit")
+        panel.set_title(name, fontsize=9)
+        panel.set(xlabel="cost", ylabel="return")
+    figure.axes[0].legend(fontsize=7)
+
+
+def draw_report(figure, args, dataset, costs, preferences, episodes, curve):
     """Draw labelled trajectories, where their costs [E] are known, the ``episodes`` of evaluate()
     {"pretrained": ..., "finetuned": ...}, and how the ranking of trajectories went meanwhile."""
-    figure = new_figure(path, 15, 4.5)
-    if figure is None:
-        return
+    figure.set_size_inches(15, 4.5)
     plane, traces, ranking = figure.subplots(1, 3)
     if costs is not None:
         returns = dataset.sums(dataset.rewards)
@@ -1011,8 +990,6 @@ def draw_report(path, args, dataset, costs, preferences, episodes, curve):
     ranking.axhline(0.5, color="k", ls="--", label="chance")
     ranking.set(xlabel="update of the fine-tuning", ylabel="share", title="Pairs ranked right")
     ranking.legend(fontsize=8, loc="lower right")
-    with written(path) as file:
-        figure.savefig(file, format="png", dpi=100)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1026,25 +1003,6 @@ def written(path, mode="wb"):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def claimed(folder, config):
-    """Hold a run folder, with its config.json. UserError: another run is, or was, at work in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, where = folder / "config.json", f"--run-dir {folder}"
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            found = json.loads(path.read_text()) if path.exists() else config
-            changed = [name for name in config if found.get(name) != config[name]]
-            changed = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            changed = changed.replace("-sha256", " (content)")
-            require(not changed, f"{where}: has another {changed}; choose another folder.")
-            with written(path, "w") as file:
-                json.dump(config, file, indent=2)
-            yield
-    except Timeout:
-        raise UserError(f"{where}: another process is at work in it.") from None
 
 
 def run(args):
@@ -1080,52 +1038,52 @@ def run(args):
         if file:
             config[f"{name}_sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-    folder = f"runs/{args.env}__{args.method}__{args.seed}__{digest}"
-    folder = Path(args.run_dir or folder)
-    with claimed(folder, config):
-        if (folder / "metrics.json").exists():
-            print(f"{folder} is complete; delete it to run again")
-            metrics = json.loads((folder / "metrics.json").read_text())
-            return print_table([(config, metrics)])
-        writer = make_writer(folder)
-        if not (folder / "pretrained.pt").exists():
-            policy, curve = given or pretrain(dataset, env.action_space, args, writer)
-            save_policy(folder / "pretrained.pt", args.env, policy, curve)
-        policy, _ = load_policy(folder / "pretrained.pt")
-        if not (folder / "finetuned.pt").exists():
-            aligned, curve = finetune(policy.to(args.device), dataset, preferences, args, writer)
-            save_policy(folder / "finetuned.pt", args.env, aligned, curve)
-        aligned, curve = load_policy(folder / "finetuned.pt")
-        if writer:
-            writer.close()
+    folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists():
+        found = json.loads((folder / "config.json").read_text())
+        changed = ", ".join(name for name in config if found.get(name) != config[name])
+        require(not changed, f"--run-dir {folder}: has another {changed}; choose another folder.")
+    with written(folder / "config.json", "w") as file:
+        json.dump(config, file, indent=2)
+    if (folder / "metrics.json").exists():
+        print(f"{folder} is complete; delete it to run again")
+        metrics = json.loads((folder / "metrics.json").read_text())
+        return print_table([(config, metrics)])
 
-        options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
-        metrics, episodes = {}, {}
-        for name, candidate in (("pretrained", policy.cpu()), ("finetuned", aligned)):
-            metrics[name], episodes[name] = evaluate(candidate, *options, f"evaluating {name}")
-        print_table([(config, metrics)])
-        warn_if_weak(curve)
-        draw_report(folder / "report.png", args, dataset, costs, preferences, episodes, curve)
-        with written(folder / "metrics.json", "w") as file:  # the last: now the run is complete
-            json.dump(metrics, file, indent=2)
-        print(f"results in {folder}")
-
-
-def make_writer(folder):
-    """TensorBoard's writer, or None where tensorboard is missing."""
+    # A stage whose file is there is done.
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder)
     except ImportError:
-        return print("no event files: tensorboard is missing; pip install tensorboard")
-    return SummaryWriter(folder)
+        print("no event files: tensorboard is missing; pip install tensorboard")
+        writer = None
+    if not (folder / "pretrained.pt").exists():
+        policy, curve = given or pretrain(dataset, env.action_space, args, writer)
+        save_policy(folder / "pretrained.pt", args.env, policy, curve)
+    policy, _ = load_policy(folder / "pretrained.pt")
+    if not (folder / "finetuned.pt").exists():
+        aligned, curve = finetune(policy.to(args.device), dataset, preferences, args, writer)
+        save_policy(folder / "finetuned.pt", args.env, aligned, curve)
+    aligned, curve = load_policy(folder / "finetuned.pt")
+    if writer:
+        writer.close()
 
-
-def warn_if_weak(curve):
-    """Say so where held-out labelled trajectories are ranked little better than by chance."""
+    options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
+    metrics, episodes = {}, {}
+    for name, candidate in (("pretrained", policy.cpu()), ("finetuned", aligned)):
+        metrics[name], episodes[name] = evaluate(candidate, *options, f"evaluating {name}")
+    print_table([(config, metrics)])
     ranked = curve[-1].get("accuracy/heldout/preferred_dispreferred", 1.0) if curve else 1.0
     if ranked < 0.7:
         print(f"warning: {ranked:.0%} of held-out pairs are ranked right, where 50 % is chance:")
         print("  the labels say little about behaviour; more of them, or clearer ones, may help")
+    contents = args, dataset, costs, preferences, episodes, curve
+    draw(draw_report, folder / "report.png", *contents)
+    with written(folder / "metrics.json", "w") as file:  # the last: now the run is complete
+        json.dump(metrics, file, indent=2)
+    print(f"results in {folder}")
 
 
 def export_episodes(args, dataset):
