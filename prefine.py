@@ -851,7 +851,7 @@ def names(config):
     """What a table calls a run: its data set, its policy before and after fine-tuning, by the flags
     that were changed."""
     task = config["env"].split("-")[0].removeprefix("Offline").removesuffix("Gymnasium")
-    data = f"{task}, {Path(config['dataset']).name} {config['dataset_sha256'][:4]}"
+    data = f"{task}, {Path(config['dataset']).name} {config.get('dataset_sha256', '')[:4]}"
     before, after = "pre-trained", config["method"]
     preset = vars(parse_args(["--method", config["method"]]))
     for flag in sorted(preset.keys() & (config.keys() - {"env", "seed", "dataset", "cost_limit"})):
@@ -900,9 +900,8 @@ def print_table(runs):
     print("\n| data | method | return | cost | violations | failures | seeds | p return, cost |")
     print("|---|---" + "|---:" * 6 + "|")
     rows = []
-    for data, method in sorted(
-        found, key=lambda key: (key[0], "pre-trained" not in key[1], key[1])
-    ):
+    in_order = sorted(found, key=lambda key: (key[0], "pre-trained" not in key[1], key[1]))
+    for data, method in in_order:
         default = {} if method == "prefine" else found.get((data, "prefine"), {})
         row = as_row(data, method, found[data, method], default)
         line = "| {data} | {method} | {return_mean:.4g} [{return_low:.4g}, {return_high:.4g}] "
