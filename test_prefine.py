@@ -1128,6 +1128,21 @@ def test_a_run_knows_its_files_by_their_content(state, ball_run, tmp_path, capfd
         path.write_bytes(content)
 
 
+def test_data_of_changed_controllers_are_not_taken_for_those_of_today(ball, cache, monkeypatch):
+    arguments = flags(f"--env {BALL} --dataset scripted --scripted-episodes 2 --workers 1")
+    path = prefine.find_dataset(arguments, ball)
+    assert prefine.find_dataset(arguments, ball) == path and path.exists()
+
+    def controller(env, seed):
+        return lambda observation: np.ones(2)
+
+    monkeypatch.setitem(prefine.CONTROLLERS, BALL, controller)
+    other = prefine.find_dataset(arguments, ball)
+    assert other != path
+    actions = [prefine.load_dataset(each, ball).actions for each in (path, other)]
+    assert not torch.equal(*actions) and (actions[1] == 1).all()
+
+
 def test_a_trained_policy_is_taken_instead_of_pretraining(ball_run, tmp_path, capfd):
     policy = ball_run[0] / "pretrained.pt"
     line = f"{BALL_RUN} --policy {policy} --run-dir {tmp_path / 'e'}"
