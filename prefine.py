@@ -956,7 +956,7 @@ def draw_summary(figure, rows):
             label = row["method"] if row["method"] in colours else None
             panel.plot(x, y, "o", color=colour, label=label)
         panel.axvline(float(name.rpartition("limit ")[2]), color="k", ls="--", label="cost limit")
-        panel.set_title(name, fontsize=9)
+        panel.set_title(name, fontsize=8)
         panel.set(xlabel="cost", ylabel="return")
     figure.axes[0].legend(fontsize=7)
 
