@@ -851,7 +851,7 @@ def names(config):
     """What a table calls a run: its data set, its policy before and after fine-tuning, by the flags
     that were changed."""
     task = config["env"].split("-")[0].removeprefix("Offline").removesuffix("Gymnasium")
-    data = f"{task}, {Path(config['dataset']).name} {config.get('dataset_sha256', '')[:4]}"
+    data = f"{task}, {Path(config['dataset']).name} {config['dataset_sha256'][:4]}"
     before, after = "pre-trained", config["method"]
     preset = vars(parse_args(["--method", config["method"]]))
     for flag in sorted(preset.keys() & (config.keys() - {"env", "seed", "dataset", "cost_limit"})):
@@ -1043,8 +1043,9 @@ def run(args):
         found = json.loads((folder / "config.json").read_text())
         changed = ", ".join(name for name in config if found.get(name) != config[name])
         require(not changed, f"--run-dir {folder}: has another {changed}; choose another folder.")
-    with written(folder / "config.json", "w") as file:
-        json.dump(config, file, indent=2)
+    else:
+        with written(folder / "config.json", "w") as file:
+            json.dump(config, file, indent=2)
     if (folder / "metrics.json").exists():
         print(f"{folder} is complete; delete it to run again")
         metrics = json.loads((folder / "metrics.json").read_text())

@@ -367,11 +367,17 @@ def test_preferences_read_from_a_file_are_those_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("episode,label\n3,preferred\n\n\n2,good\n", "line 5.*'good'"),
-        ("episode,label\n8,preferred\n", "line 2.* needs an episode from 0 to 7"),
-        ("episode,label\n1.5,preferred\n", "line 2.*'1.5'"),
-        ("episode,label\n3,preferred\n3,dispreferred\n", "line 3.* has a label already"),
-        ("episode,label\n0\n", "line 2.*delete the line"),
+        (
+            "episode,label\n3,preferred\n\n\n2,good\n",
+            "line 5: found episode '2', label 'good'; needs the label",
+        ),
+        ("episode,label\n8,preferred\n", "line 2: .*'8'.*; needs an episode from 0 to 7"),
+        ("episode,label\n1.5,preferred\n", "line 2: found episode '1.5'.*; needs an episode"),
+        (
+            "episode,label\n3,preferred\n3,dispreferred\n",
+            "line 3: found episode '3'.*; the .* has a label already",
+        ),
+        ("episode,label\n0\n", "line 2: .*'0', label ''; needs the label .* delete the line"),
         ("id,label\n0,preferred\n", r"name the columns episode and label; found \['id', 'label'\]"),
         ("", r"its first line must name the columns.*found \[\]"),
         ("episode,label\n3,preferred\n", "no trajectory is dispreferred; both labels are needed"),
@@ -1196,7 +1202,10 @@ def test_labels_from_a_person_from_export_to_table(swimmer, tmp_path, capfd):
     assert int(row["last_row"]) - int(row["first_row"]) == 999
     line = f"--dataset {path} --preferences {labels} --run-dir {tmp_path / 'j'}"
     assert run(SWIMMER_RUN, line) == 2
-    assert re.search("labels.csv, line 2.*delete the line", capfd.readouterr().err)
+    assert re.search(
+        "labels.csv, line 2: .* label ''; needs the label .* delete the line",
+        capfd.readouterr().err,
+    )
     assert run(SWIMMER_RUN, f"--dataset {path} --run-dir {tmp_path / 'i'} --export-episodes 8") == 2
     assert "may hold somebody's work" in capfd.readouterr().err
     filled = [(r["episode"], ["preferred", "dispreferred"][i % 2]) for i, r in enumerate(rows)]
