@@ -26,8 +26,8 @@ fine-tuning minimises
   + imitation * E[ -h(s, a) ]                                         a is likely
 
 over steps (s, a) of the preferred trajectories, drawn more often where the trajectory's return is
-high. A preferred trajectory is left out if most of its steps lie nearest to dispreferred ones;
-that is all that these do by default. The method is the loop in finetune().
+high. A preferred trajectory is left out if most of its steps lie nearest to dispreferred ones (at
+most half are); that is all that these do by default. The method is the loop in finetune().
 """
 
 import argparse
@@ -119,12 +119,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--finetune-updates", type=int, default=2000, help="updates of the fine-tuning")
     add("--finetune-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
-    add("--beta", type=float, default=1.0, help="some 1/beta nats apart a preferred pair is done")
+    add("--beta", type=float, default=1.0, help="larger stays nearer the reference policy")
     add("--contrast", type=float, default=1.0, help="weight of preferred above counterfactual")
     add("--imitation", type=float, default=1.0, help="weight of the preferred actions' -log pi")
     add("--pair", type=float, default=0.0, help="weight of preferred above dispreferred steps, DPO")
-    add("--ess", type=float, default=0.15, help="least effective share of the preferred")
-    add("--leave-out", type=float, default=0.5, help="at a higher share of dispreferred steps")
+    add("--ess", type=float, default=0.15, help="effective share of the preferred, at least")
+    add("--leave-out", type=float, default=0.5, help="drop one if more steps look dispreferred")
     add("--counterfactual", choices=["reference", "current"], default="reference", help="policy")
 
     add = parser.add_argument_group("evaluation").add_argument
@@ -148,8 +148,9 @@ def gaussian_log_prob(mean, std, actions, low, high):
     """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A].
 
     Inside it is the normal log-density; on a bound, where many actions are, the logarithm of the
-    mass that is clipped to it. Infinite bounds leave a plain Gaussian."""
-    z = (actions - mean) / std
+    mass that is clipped to it; actions beyond are clipped too. Infinite bounds leave a plain
+    Gaussian."""
+    z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     log_mass = torch.special.log_ndtr(torch.where(actions >= high, -z, z))
     inside = (actions > low) & (actions < high)
@@ -222,10 +223,10 @@ def pretrain(dataset, space, args, writer=None):
     best = best_first[: max(1, round(args.pretrain_top * len(returns)))]
     observations, actions = dataset.steps(best, args.device)
 
-    mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
-    std = torch.where(std < 1e-6, 1.0, std)  # a constant observation tells nothing
+    centre, scale = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
+    scale = torch.where(scale < 1e-6, 1.0, scale)  # a constant observation tells nothing
     torch.manual_seed(args.seed)
-    policy = GaussianPolicy(space.low, space.high, mean, std, args.hidden).to(args.device)
+    policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden).to(args.device)
 
     curve, updates, size = [], args.pretrain_updates, (args.batch_size,)
     generator = torch.Generator(args.device).manual_seed(args.seed)
@@ -314,12 +315,16 @@ def read_preferences(path, episodes):
 
 
 def check_preferences(preferences, episodes, where="preferences"):
-    """UserError unless there are trajectories of both labels, all of them among the episodes."""
+    """UserError unless there are trajectories of both labels, none has two, and all of them are
+    indices of the episodes."""
     for label in ("preferred", "dispreferred"):
-        indices = np.asarray(preferences.get(label, []))
-        require(len(indices), f"{where}: no trajectory is {label}; both labels are needed.")
-        is_inside = indices.min() >= 0 and indices.max() < episodes
-        require(is_inside, f"{where}: a {label} one is not among the {episodes} episodes.")
+        found = len(preferences.get(label, []))
+        require(found, f"{where}: no trajectory is {label}; both labels are needed.")
+    for label, indices in preferences.items():
+        is_index = np.asarray(indices).dtype != bool and np.isin(indices, range(episodes)).all()
+        require(is_index, f"{where}: {label} must be indices of the {episodes} episodes.")
+    both = np.intersect1d(preferences["preferred"], preferences["dispreferred"])
+    require(not len(both), f"{where}: episodes {both} are called preferred and dispreferred.")
 
 
 def dispreferred_shares(dataset, preferences, points=4000):
@@ -332,9 +337,10 @@ def dispreferred_shares(dataset, preferences, points=4000):
     for label in ("preferred", "dispreferred"):
         size = math.ceil(points / len(preferences[label]))
         steps[label] = torch.cat(dataset.steps(preferences[label], points=size), 1)
-    scale = torch.cat([steps["preferred"], steps["dispreferred"]]).std(0) + 1e-6
-    preferred = (steps["preferred"] / scale).chunk(len(preferences["preferred"]))
-    dispreferred = steps["dispreferred"] / scale
+    both = torch.cat([steps["preferred"], steps["dispreferred"]])
+    centre, scale = both.mean(0), both.std(0) + 1e-6  # centred, as distances are in float32
+    preferred = ((steps["preferred"] - centre) / scale).chunk(len(preferences["preferred"]))
+    dispreferred = (steps["dispreferred"] - centre) / scale
 
     shares = []
     for i, trajectory in enumerate(preferred):
@@ -346,8 +352,8 @@ def dispreferred_shares(dataset, preferences, points=4000):
 
 
 def return_weights(returns, share):
-    """Weights w [P] of sum 1 that grow with the returns R [P]: softmax(t R / std of R), with t <= 3
-    as large as an effective sample size 1 / sum w^2 (Kish 1965) of ``share`` P allows."""
+    """Weights w [P] of sum 1 that grow with the returns R [P]: softmax(t R / std of R), with the
+    largest t <= 3 that leaves an effective sample size 1 / sum w^2 (Kish 1965) of ``share`` P."""
     z = torch.as_tensor(returns - returns.max()) / (returns.std() + 1e-8)
     low, high = 0.0, 3.0
     for _ in range(50):  # bisection
@@ -370,10 +376,8 @@ def sample_actions(mean, std, low, high, generator):
 def log_ratio(gaussian, reference_gaussian, actions, low, high):
     """h(s, a) = log pi(a|s) - log pi_ref(a|s), in nats [...], of actions [..., A] in the states s
     where pi and pi_ref are Gaussians (mean, std), each [..., A]."""
-    mean, std = gaussian
-    reference_mean, reference_std = reference_gaussian
-    log_prob = gaussian_log_prob(mean, std, actions, low, high)
-    return log_prob - gaussian_log_prob(reference_mean, reference_std, actions, low, high)
+    log_prob = gaussian_log_prob(*gaussian, actions, low, high)
+    return log_prob - gaussian_log_prob(*reference_gaussian, actions, low, high)
 
 
 def preference_loss(h_winner, h_loser, beta):
@@ -403,8 +407,8 @@ def finetune(policy, dataset, preferences, args, writer=None):
     low, high, device = policy.low, policy.high, policy.low.device
 
     # The preferred trajectories that count; at most half are left out.
-    dispreferred = dispreferred_shares(dataset, preferences).numpy()
-    is_kept = dispreferred <= max(args.leave_out, np.median(dispreferred))
+    shares = dispreferred_shares(dataset, preferences).numpy()
+    is_kept = shares <= max(args.leave_out, np.median(shares))
     preferred = np.asarray(preferences["preferred"])[is_kept]
     if not is_kept.all():
         print(f"left out {(~is_kept).sum()} preferred trajectories that look dispreferred")
@@ -479,8 +483,8 @@ def preference_metrics(policy, reference, dataset, preferences, points=32):
             h_dispreferred, _ = mean_log_ratios(dispreferred)
             pairs = f"accuracy/{name}/preferred"
             metrics[f"{pairs}_counterfactual"] = (h_preferred > h_counterfactual).float().mean()
-            is_right = h_preferred[:, None] > h_dispreferred
-            metrics[f"{pairs}_dispreferred"] = is_right.float().mean()
+            is_above = h_preferred[:, None] > h_dispreferred
+            metrics[f"{pairs}_dispreferred"] = is_above.float().mean()
     return metrics
 
 
@@ -489,15 +493,16 @@ def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title
     """Simulate a policy that acts by its mean. Returns metrics, {"return_mean": ...}, with 95 %
     intervals over the episodes, and the episodes, of run_episode().
 
-    policy: any module that gives the mean [1, A] first, from an observation [1, O]. env: a DSRL
-    task, such as "OfflineBallRun". cost_limit: None is the task's own. One worker is this process.
-    UserError: there is no such task, or a worker process failed."""
-    device = next(policy.parameters()).device
+    policy: any module from an observation [1, O] to the mean [1, A], or to a tuple that starts with
+    it. env: a DSRL task, such as "OfflineBallRun". cost_limit: None is the task's own. One worker
+    is this process. UserError: there is no such task, or a worker process failed."""
+    policy = copy.deepcopy(policy).eval()
+    device = next(policy.parameters(), torch.empty(0)).device
 
     @torch.inference_mode()
     def act(observation):
         mean, *_ = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
-        return mean[0].cpu().numpy()
+        return mean.flatten().cpu().numpy()
 
     env_id, limit = resolve_env(env, cost_limit)
     seeds = [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]  # not those of collect()
@@ -529,6 +534,9 @@ def interval(values):
     return list(found.confidence_interval)
 
 
+KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
+
+
 def run_episode(env_id, make_controller, seed):
     """Simulate one episode: float32 arrays [T, ...] by the names of DSRL's files.
 
@@ -542,14 +550,12 @@ def run_episode(env_id, make_controller, seed):
         while not (terminal or timeout):
             action = np.clip(act(observation), space.low, space.high).astype(space.dtype)
             following, reward, terminal, timeout, info = env.step(action)
-            end = terminal and not timeout, timeout
-            steps.append((observation, action, reward, info.get("cost", 0), *end, following))
+            is_end = terminal and not timeout
+            cost = info.get("cost", 0)
+            steps.append((observation, action, reward, cost, is_end, timeout, following))
             observation = following
     env.close()
     return {name: np.asarray(column, np.float32) for name, column in zip(KEYS, zip(*steps))}
-
-
-KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
 
 
 def end_with_parent():
@@ -590,14 +596,12 @@ class Dataset(NamedTuple):
     def steps(self, episodes, device="cpu", points=None):
         """Observations [M, O] and actions [M, A] of all steps of the given episodes, in order, or
         of so many ``points`` of each, evenly spaced from its first step to its last."""
-        parts = []
+        rows = []
         for episode in episodes:
             first, end = self.starts[episode].item(), self.ends[episode].item()
-            rows = torch.arange(first, end)
-            if points:
-                rows = torch.linspace(first, end - 1, points, dtype=torch.float64).long()
-            parts.append(rows)
-        rows = torch.cat(parts)
+            size = points or end - first
+            rows.append(torch.linspace(first, end - 1, size, dtype=torch.float64).long())
+        rows = torch.cat(rows)
         return self.observations[rows].to(device), self.actions[rows].to(device)
 
 
@@ -642,11 +646,11 @@ def load_dataset(path, env, with_costs=True):
     larger than the file could hold compressed."""
     import dsrl
 
-    arrays, names = {}, [name for name in KEYS[:-1] if with_costs or name != "costs"]
+    arrays, needed = {}, [name for name in KEYS[:-1] if with_costs or name != "costs"]
     advice = "see README, «Your own data», which converts Minari's; without costs, --preferences"
     try:
         with h5py.File(path) as file:
-            for name in names:
+            for name in needed:
                 link = file.get(name, getlink=True)
                 array = file[name] if isinstance(link, h5py.HardLink) else None
                 is_own = isinstance(array, h5py.Dataset)
@@ -659,7 +663,7 @@ def load_dataset(path, env, with_costs=True):
         for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
             width, wanted = arrays[name].shape[1], space.shape[0]
             require(width == wanted, f"'{name}' must be {wanted} wide; found {width}.")
-        low, high = torch.tensor(space.low), torch.tensor(space.high)
+        low, high = torch.Tensor(space.low), torch.Tensor(space.high)  # float32, as the data
         clipped = dataset.actions.clip(low, high)  # as the simulators do
         is_near = ((dataset.actions - clipped).abs() <= high - low).all()
         require(is_near, f"'actions' lie far outside the action space, {space}.")
@@ -1012,7 +1016,7 @@ def run(args):
         raise UserError(f"--device {args.device}: not usable here; cpu is.") from None
     torch.set_num_threads(1)
 
-    # All that can fail comes before anything is written.
+    # All that bad input can stop comes before the run's folder is made.
     args.env, args.cost_limit = resolve_env(args.env, args.cost_limit)
     env = make_env(args.env)
     path = find_dataset(args, env)

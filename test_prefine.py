@@ -44,6 +44,7 @@ INFINITE = torch.tensor([-math.inf, -math.inf]), torch.tensor([math.inf, math.in
 BOX = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0])
 BOX_SPACE = types.SimpleNamespace(low=BOX[0], high=BOX[1])
 fast = pytest.mark.fast
+torch.set_num_threads(1)  # more are slower for such small networks
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -118,7 +119,6 @@ def cache(tmp_path_factory):
         patch.setenv("DSRL_DATASET_DIR", str(folder))
         prefine.make_env(BALL)
         patch.setattr("dsrl.offline_env.DATASET_PATH", str(folder))
-        torch.set_num_threads(1)
         yield folder
 
 
@@ -143,7 +143,7 @@ def censored_normal(mean, std, action, low, high):
 
 
 @fast
-@pytest.mark.parametrize("action", [-1.0, -0.999, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize("action", [-1.5, -1.0, -0.999, 0.0, 0.4, 1.0, 3.0])
 @pytest.mark.parametrize("mean", [-0.9, 0.2, 0.9])
 def test_log_prob_is_that_of_a_clipped_normal(action, mean):
     stds = torch.tensor([0.3, 1.1])
@@ -305,8 +305,12 @@ def test_return_weights_are_equal_for_a_share_of_1_one_trajectory_or_equal_retur
 
 
 @fast
-def test_a_preferred_trajectory_that_looks_dispreferred_is_left_out_if_others_stay(capsys):
+@pytest.mark.parametrize("constant", [0.0, 9.81])  # such as gravity, which simulators observe
+def test_a_preferred_trajectory_that_looks_dispreferred_is_left_out_if_others_stay(
+    constant, capsys
+):
     dataset, wrong = toy_dataset(episodes=16, steps=30), 1
+    dataset.observations[:, 0] = constant
     labels = {"preferred": [*range(2, 16, 2), wrong], "dispreferred": [0, *range(3, 16, 2)]}
     shares = prefine.dispreferred_shares(dataset, labels)
     assert shares.shape == (8,) and shares[-1] > 0.6 and (shares[:-1] < 0.4).all()
@@ -549,8 +553,11 @@ def test_a_policy_that_is_no_policy_of_ours_can_be_finetuned():
     ("labels", "sentence"),
     [
         ({"preferred": [0], "dispreferred": []}, "no trajectory is dispreferred"),
-        ({"preferred": [0, 12], "dispreferred": [1]}, "a preferred one is not among the 12"),
-        ({"preferred": [0], "dispreferred": [-1]}, "a dispreferred one is not among the 12"),
+        ({"preferred": [0, 12], "dispreferred": [1]}, "preferred must be indices of the 12"),
+        ({"preferred": [0], "dispreferred": [-1]}, "dispreferred must be indices of the 12"),
+        (toy_preferences() | {"heldout_preferred": [99]}, "heldout_preferred must be indices"),
+        ({"preferred": [True] * 12, "dispreferred": [1]}, "preferred must be indices"),
+        ({"preferred": [0, 2], "dispreferred": [2, 3]}, r"episodes \[2\] are called preferred and"),
     ],
 )
 def test_labels_from_python_are_refused_in_words(labels, sentence):
@@ -876,14 +883,14 @@ def test_scripted_bullet_episodes_are_safe_and_unsafe_slow_and_fast(env_id):
 
 
 class Constant(torch.nn.Module):
-    """A policy that always pushes alike, and insists on a batch of observations."""
+    """A policy that always pushes alike, in evaluation, and insists on a batch of observations."""
 
     def __init__(self, action):
         super().__init__()
         self.action = torch.nn.Parameter(torch.tensor([action]))
 
     def forward(self, observations):
-        assert observations.ndim == 2
+        assert observations.ndim == 2 and not self.training
         return self.action.expand(len(observations), -1)
 
 
@@ -893,6 +900,7 @@ def test_any_policy_is_evaluated_and_the_numbers_are_those_of_its_episodes(cache
     assert metrics["return_mean"] == pytest.approx(np.mean(returns)) and len(runs) == 3
     assert metrics["cost_mean"] == pytest.approx(np.mean(costs))
     assert metrics["cost_max"] == max(costs)
+    assert all((run["actions"] == [1, 0]).all() for run in runs)
     assert metrics["violation_rate"] == np.mean(np.array(costs) > 10)
     low, high = metrics["return_ci95"]
     assert min(returns) - 1e-3 <= low <= metrics["return_mean"] <= high <= max(returns) + 1e-3
@@ -1445,7 +1453,6 @@ def car_button_arrays(episodes):
 
 def bench(episodes):
     """Print the speed figures: ratios of two things measured in turn, medians of several."""
-    torch.set_num_threads(1)
     car, arrays = "OfflineCarButton1Gymnasium-v0", car_button_arrays(episodes)
 
     def show(name, first, second, repeats=5):
@@ -1501,7 +1508,6 @@ def osrl(task="OfflineBallCircle", bc_updates=100_000, cpq_updates=2_000):
     algorithms, updates = import_osrl(), 100_000  # updates: OSRL's default
     args = flags("--dataset scripted")
     args.env, limit = prefine.resolve_env(task)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     env = prefine.make_env(args.env)
     data = prefine.load_dataset(prefine.find_dataset(args, env), env)
