@@ -87,7 +87,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("prefine.py", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = lambda sentence: require(False, f"{sentence}; --help describes each flag.")
-    home = os.path.expanduser
+
+    def path(text):
+        require(text, "a file or folder has an empty name; is a variable of the shell not set?")
+        return os.path.expanduser(text)
 
     add = parser.add_argument_group("run").add_argument
     add("--env", help="DSRL task, such as OfflineCarButton1")
@@ -95,21 +98,21 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cpu", help="torch device to train on: cpu, cuda, cuda:1")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="parallel simulators")
-    add("--run-dir", type=home, metavar="FOLDER", help="results; else in runs/, by flags")
-    add("--summary", type=home, metavar="FOLDER", help="print one table of all runs in it, and end")
+    add("--run-dir", type=path, metavar="FOLDER", help="results; else in runs/, by flags")
+    add("--summary", type=path, metavar="FOLDER", help="print one table of all runs in it, and end")
 
     add = parser.add_argument_group("data and preferences").add_argument
-    add("--dataset", type=home, default="dsrl", help="dsrl, scripted, or a file in DSRL's format")
+    add("--dataset", type=path, default="dsrl", help="dsrl, scripted, or a file in DSRL's format")
     add("--scripted-episodes", type=int, default=300, help="episodes of the scripted data")
     add("--cost-limit", type=float, help="highest safe cost of an episode; else DSRL's")
     add("--preferred", type=int, default=40, help="safe episodes to call preferred")
     add("--dispreferred", type=int, default=40, help="unsafe ones to call so")
     add("--wrong-labels", type=float, default=0.0, help="share of these labels to turn round")
-    add("--preferences", type=home, metavar="FILE", help="labels, a CSV file; then no cost is read")
+    add("--preferences", type=path, metavar="FILE", help="labels, a CSV file; then no cost is read")
     add("--export-episodes", metavar="N", type=int, help="write N episodes to label, and end")
 
     add = parser.add_argument_group("policy and pre-training").add_argument
-    add("--policy", type=home, metavar="FILE", help="checkpoint of a trained policy to start from")
+    add("--policy", type=path, metavar="FILE", help="checkpoint of a trained policy to start from")
     add("--hidden", type=int, nargs="+", default=[256, 256], help="sizes of hidden layers")
     add("--batch-size", type=int, default=256, help="steps per update, here and in fine-tuning")
     add("--pretrain-updates", type=int, default=2000, help="updates of the pre-training")
@@ -207,9 +210,10 @@ def load_policy(path, env_id=None):
         policy.load_state_dict(state)
         return policy, content.get("curve", [])
     except (*damage, pickle.UnpicklingError, UserError) as error:
-        found = " ".join(str(error).split())[:99]
+        found = " ".join(str(error).split())[:99] or "nothing in it"
         needs = f"a checkpoint of prefine.py, format 1 of {env_id or 'any task'}"
-        raise UserError(f"{path}: needs {needs}; found {found}.") from None
+        advice = "In a run's folder, delete it, and it is made again"
+        raise UserError(f"{path}: needs {needs}; found {found}. {advice}.") from None
 
 
 # ----------------------------------------------------------------------------------- pre-training
@@ -297,11 +301,13 @@ def read_preferences(path, episodes):
     text = Path(path).read_text("utf-8-sig", errors="replace")
     reader = csv.DictReader(text.splitlines(), restval="")
     columns = [name.strip().lower() for name in reader.fieldnames or []]
-    needs = f"its first line must name the columns episode and label; found {columns}"
+    needs = f"needs the columns episode and label, with commas, in UTF-8; found {columns}"
     require("episode" in columns and "label" in columns, f"{where}: {needs}.")
     reader.fieldnames = columns
     for row in reader:
         episode, label = row["episode"].strip(), row["label"].strip().lower()
+        if not episode and not label:  # spreadsheets leave empty lines
+            continue
         line = f"{where}, line {reader.line_num}: found episode '{episode}', label '{label}'"
         is_episode = re.fullmatch("[0-9]{1,9}", episode) and int(episode) < episodes
         require(is_episode, f"{line}; needs an episode from 0 to {episodes - 1}.")
@@ -570,7 +576,7 @@ def run_episodes(env_id, make_controller, seeds, workers, title):
     options = {"inner_max_num_threads": 1, "initializer": end_with_parent}
     try:
         with joblib.parallel_config("loky", **options):
-            parallel = joblib.Parallel(workers, return_as="generator")
+            parallel = joblib.Parallel(min(workers, len(jobs)), return_as="generator")
             return list(progress(parallel(jobs), title, len(jobs)))
     except joblib.externals.loky.BrokenProcessPool as error:
         why = str(error.__cause__ or error).strip(' "\n').splitlines()[-1]
@@ -691,8 +697,10 @@ def find_dataset(args, env):
         source = inspect.getsource(CONTROLLERS[args.env]) + inspect.getsource(run_episode)
         version = hashlib.sha256(source.encode()).hexdigest()[:8]  # data of another one is not used
         path = path.with_name(f"{args.env}-{version}-scripted-{args.scripted_episodes}.hdf5")
+    if path.exists():
+        return path
     with FileLock(path.with_suffix(".lock")):  # of two processes, one makes the file
-        if not path.exists() and args.dataset == "scripted":
+        if args.dataset == "scripted" and not path.exists():
             collect(args.env, args.scripted_episodes, args.workers, path)
         elif not path.exists():
             mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
@@ -960,7 +968,7 @@ def draw_summary(figure, rows):
             label = row["method"] if row["method"] in colours else None
             panel.plot(x, y, "o", color=colour, label=label)
         panel.axvline(float(name.rpartition("limit ")[2]), color="k", ls="--", label="cost limit")
-        panel.set_title(name, fontsize=8)
+        panel.set_title(name, fontsize=8, parse_math=False)
         panel.set(xlabel="cost", ylabel="return")
     figure.axes[0].legend(fontsize=7)
 
@@ -998,12 +1006,15 @@ def draw_report(figure, args, dataset, costs, preferences, episodes, curve):
 # ------------------------------------------------------------------------------------------- main
 @contextlib.contextmanager
 def written(path, mode="wb"):
-    """Write a file whole or not at all: into a part, which then gets the name."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write a file whole or not at all: into a part, which then gets the name. UserError: it could
+    not be written."""
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, mode) as file:
             yield file
         os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {error}; make room, or choose another.") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -1018,6 +1029,7 @@ def run(args):
 
     # All that bad input can stop comes before the run's folder is made.
     args.env, args.cost_limit = resolve_env(args.env, args.cost_limit)
+    given = load_policy(args.policy, args.env) if args.policy else None
     env = make_env(args.env)
     path = find_dataset(args, env)
     dataset = load_dataset(path, env, with_costs=not (args.preferences or args.export_episodes))
@@ -1031,7 +1043,6 @@ def run(args):
         options = args.preferred, args.dispreferred, args.seed, args.wrong_labels
         preferences = draw_preferences(costs, args.cost_limit, *options)
     dataset = dataset._replace(costs=None)  # from here on no training can read a cost
-    given = load_policy(args.policy, args.env) if args.policy else None
 
     # What the results depend on: flags, and the bytes of the files.
     others = ("run_dir", "workers", "summary", "export_episodes")

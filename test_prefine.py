@@ -372,7 +372,7 @@ def test_preferences_read_from_a_file_are_those_written(tmp_path):
     ("text", "sentence"),
     [
         (
-            "episode,label\n3,preferred\n\n\n2,good\n",
+            "episode,label\n3,preferred\n\n,\n2,good\n",
             "line 5: found episode '2', label 'good'; needs the label",
         ),
         ("episode,label\n8,preferred\n", "line 2: .*'8'.*; needs an episode from 0 to 7"),
@@ -382,8 +382,8 @@ def test_preferences_read_from_a_file_are_those_written(tmp_path):
             "line 3: found episode '3'.*; the .* has a label already",
         ),
         ("episode,label\n0\n", "line 2: .*'0', label ''; needs the label .* delete the line"),
-        ("id,label\n0,preferred\n", r"name the columns episode and label; found \['id', 'label'\]"),
-        ("", r"its first line must name the columns.*found \[\]"),
+        ("id,label\n0,preferred\n", r"needs the columns episode and label.*\['id', 'label'\]"),
+        ("", r"needs the columns episode and label.*found \[\]"),
         ("episode,label\n3,preferred\n", "no trajectory is dispreferred; both labels are needed"),
     ],
 )
@@ -699,8 +699,9 @@ BAD = {  # what is wrong: the sentence, the file that has it (else a good one), 
     "another task": ("policy.pt.*found format 1 of Off", other_task, "--policy {tmp}/policy.pt"),
     "no policy": ("policy.pt.*No such file", None, "--policy {tmp}/policy.pt"),
     "no labels": ("labels.csv", None, "--preferences {tmp}/labels.csv"),
-    "binary labels": ("data.hdf5: its first line must", None, "--preferences {tmp}/data.hdf5"),
+    "binary labels": ("data.hdf5: needs the columns", None, "--preferences {tmp}/data.hdf5"),
     "a run folder in a file": ("data.hdf5", None, "--run-dir {tmp}/data.hdf5/run"),
+    "an empty variable": ("an empty name", None, "--policy="),
     "no task": ("--env is missing", None, "--env="),
     "MetaDrive": ("MetaDrive tasks are not supported", None, "--env OfflineMetadrive-easymean-v0"),
     "no such device": ("--device nonsense: not usable", None, "--device nonsense"),
@@ -1096,7 +1097,9 @@ def test_a_full_disk_gives_one_sentence_and_loses_nothing(ball_run, tmp_path):
 
     done = subprocess.run(line, capture_output=True, text=True, preexec_fn=limited)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("prefine.py: ")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"prefine.py: {folder}/pretrained.pt: not written"
+    )
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.part"))
     assert run(" ".join(line[2:])) == 0
     same_run(folder, ball_run[0])
