@@ -507,6 +507,7 @@ def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title
 
     @torch.inference_mode()
     def act(observation):
+        # Of a tuple this takes the first, the mean [1, A]; of the mean itself its only row.
         mean, *_ = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
         return mean.flatten().cpu().numpy()
 
@@ -700,9 +701,11 @@ def find_dataset(args, env):
     if path.exists():
         return path
     with FileLock(path.with_suffix(".lock")):  # of two processes, one makes the file
-        if args.dataset == "scripted" and not path.exists():
+        if path.exists():
+            return path
+        if args.dataset == "scripted":
             collect(args.env, args.scripted_episodes, args.workers, path)
-        elif not path.exists():
+        else:
             mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
             download([url, mirror], path, env)
     return path
@@ -710,15 +713,16 @@ def find_dataset(args, env):
 
 def download(urls, path, env, timeout=60):
     """Fetch the first url that gives usable data; each has ``timeout`` seconds per byte."""
-    tried = []
+    tried, part = [], path.with_name(f"{path.name}.part")  # usable only once it has the name
     socket.setdefaulttimeout(timeout)
     for url in urls:
         print(f"downloading {url}", flush=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-            return load_dataset(path, env)  # HDF5 knows its length: a file cut short does not open
+            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+            load_dataset(part, env)  # HDF5 knows its length: a file cut short does not open
+            return part.replace(path)
         except (OSError, ValueError, UserError) as error:
-            path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             tried.append(f"{url} ({error})")
     ways = "pass a file with --dataset FILE, or use --dataset scripted"
     raise UserError(f"no data for {path.name}: tried {' and '.join(tried)}; {ways}.")

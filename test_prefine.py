@@ -382,7 +382,10 @@ def test_preferences_read_from_a_file_are_those_written(tmp_path):
             "line 3: found episode '3'.*; the .* has a label already",
         ),
         ("episode,label\n0\n", "line 2: .*'0', label ''; needs the label .* delete the line"),
-        ("id,label\n0,preferred\n", r"needs the columns episode and label.*\['id', 'label'\]"),
+        (
+            "id,label\n0,preferred\n",
+            r"needs the columns episode and label, .* found \['id', 'label'\]",
+        ),
         ("", r"needs the columns episode and label.*found \[\]"),
         ("episode,label\n3,preferred\n", "no trajectory is dispreferred; both labels are needed"),
     ],
@@ -553,10 +556,10 @@ def test_a_policy_that_is_no_policy_of_ours_can_be_finetuned():
     ("labels", "sentence"),
     [
         ({"preferred": [0], "dispreferred": []}, "no trajectory is dispreferred"),
-        ({"preferred": [0, 12], "dispreferred": [1]}, "preferred must be indices of the 12"),
-        ({"preferred": [0], "dispreferred": [-1]}, "dispreferred must be indices of the 12"),
-        (toy_preferences() | {"heldout_preferred": [99]}, "heldout_preferred must be indices"),
-        ({"preferred": [True] * 12, "dispreferred": [1]}, "preferred must be indices"),
+        ({"preferred": [0, 12], "dispreferred": [1]}, ": preferred must be indices of the 12"),
+        ({"preferred": [0], "dispreferred": [-1]}, ": dispreferred must be indices of the 12"),
+        (toy_preferences() | {"heldout_preferred": [99]}, ": heldout_preferred must be"),
+        ({"preferred": [True] * 12, "dispreferred": [1]}, ": preferred must be indices of the 12"),
         ({"preferred": [0, 2], "dispreferred": [2, 3]}, r"episodes \[2\] are called preferred and"),
     ],
 )
