@@ -59,9 +59,7 @@ import mujoco
 import numpy as np
 import torch
 from filelock import FileLock
-from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -844,6 +842,8 @@ def print_table(folder):
 
 def draw_report(path, title, limit, points):
     """Draw ``points``, {name: (costs, returns)} of trajectories and policies, in one plane."""
+    from matplotlib.figure import Figure  # not before it is needed: it takes a second
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     panel = figure.subplots()
     colours = {"preferred": "tab:blue", "dispreferred": "tab:red"}
@@ -932,6 +932,8 @@ def run(args):
     good, bad = (len(preferences[label]) for label in ("preferred", "dispreferred"))
     limit = f"cost limit {args.cost_limit:g}"
     print(f"{good} preferred, {bad} dispreferred of {len(returns)} episodes, {limit}")
+
+    from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder)
     path = folder / "pretrained.pt"
