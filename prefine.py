@@ -255,11 +255,11 @@ def pretrain(dataset, space, args, writer=None):
     policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden).to(args.device)
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    options = {"generator": generator, "device": args.device}
+    options = {"size": (args.batch_size,), "generator": generator, "device": args.device}
     optimizer = torch.optim.Adam(policy.parameters(), args.pretrain_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.pretrain_updates)
     for update in tqdm(range(args.pretrain_updates), "pre-training", disable=None):
-        batch = torch.randint(len(actions), (args.batch_size,), **options)
+        batch = torch.randint(len(actions), **options)
         mean, std = policy(observations[batch])
         log_prob = gaussian_log_prob(mean, std, actions[batch], policy.low, policy.high)
         loss = -log_prob.mean()
@@ -417,39 +417,35 @@ def finetune(policy, dataset, preferences, args, writer=None):
     preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: of parse_args().
     Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
     preferences = check_preferences(preferences, len(dataset.ends))
-    reference, policy = copy_policy(policy, dataset), copy_policy(policy, dataset)
+    policy = copy_policy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # What is learned from, and what the reference policy would do there, computed once.
+    # What is learned from, and what the reference policy, so far the same, would do there.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     best = best_by_return(dataset, preferred, args.finetune_top)
-    observations, actions = dataset.steps(best, device)
-    other_observations, other_actions = dataset.steps(preferences["dispreferred"], device)
+    observations, actions = dataset.steps([*best, *preferences["dispreferred"]], device)
+    preferred_steps = (dataset.ends - dataset.starts)[best].sum().item()  # they come first
     with torch.no_grad():
-        reference_mean, reference_std = reference(observations)
+        reference_mean, reference_std = policy(observations)
 
     generator = torch.Generator(device).manual_seed(args.seed)
+    options = {"size": (args.batch_size,), "generator": generator, "device": device}
     optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.finetune_updates)
-    options = {"generator": generator, "device": device}
     for update in tqdm(range(args.finetune_updates), "fine-tuning", disable=None):
-        # The winner: what was done in a preferred trajectory.
-        batch = torch.randint(len(actions), (args.batch_size,), **options)
+        # The winner is what was done in a preferred trajectory.
+        batch = torch.randint(preferred_steps, **options)
+        if args.loser == "dispreferred":  # the loser: what was done in another state
+            other = torch.randint(preferred_steps, len(actions), **options)
+            batch = torch.stack([batch, other])
         gaussian = policy(observations[batch])
         reference_gaussian = reference_mean[batch], reference_std[batch]
-        h_winner = log_ratio(gaussian, reference_gaussian, actions[batch], low, high)
+        pair = actions[batch]
+        if args.loser != "dispreferred":  # the loser: what a policy would do in the same state
+            source = gaussian if args.loser == "policy" else reference_gaussian
+            pair = torch.stack([pair, sample_actions(*source, low, high, generator)])
 
-        # The loser: what the policy in training, or the reference, would do in the same state; or
-        # what was done elsewhere in a dispreferred trajectory.
-        if args.loser == "policy":
-            loser = sample_actions(*gaussian, low, high, generator)
-        elif args.loser == "reference":
-            loser = sample_actions(*reference_gaussian, low, high, generator)
-        else:
-            batch = torch.randint(len(other_actions), (args.batch_size,), **options)
-            states, loser = other_observations[batch], other_actions[batch]
-            gaussian, reference_gaussian = policy(states), reference(states)
-        h_loser = log_ratio(gaussian, reference_gaussian, loser, low, high)
+        h_winner, h_loser = log_ratio(gaussian, reference_gaussian, pair, low, high)
         loss = preference_loss(h_winner, h_loser, args.beta).mean()
         require(loss.isfinite(), "the loss is not finite; try a lower learning rate.")
 
