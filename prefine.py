@@ -417,16 +417,16 @@ def finetune(policy, dataset, preferences, args, writer=None):
     preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: of parse_args().
     Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
     preferences = check_preferences(preferences, len(dataset.ends))
-    policy = copy_policy(policy, dataset)
+    reference, policy = copy_policy(policy, dataset), copy_policy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # What is learned from, and what the reference policy, so far the same, would do there.
+    # What is learned from, and what the reference policy would do there, computed once.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     best = best_by_return(dataset, preferred, args.finetune_top)
     observations, actions = dataset.steps([*best, *preferences["dispreferred"]], device)
     preferred_steps = (dataset.ends - dataset.starts)[best].sum().item()  # they come first
     with torch.no_grad():
-        reference_mean, reference_std = policy(observations)
+        reference_mean, reference_std = reference(observations)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     options = {"size": (args.batch_size,), "generator": generator, "device": device}
@@ -437,7 +437,7 @@ def finetune(policy, dataset, preferences, args, writer=None):
         batch = torch.randint(preferred_steps, **options)
         if args.loser == "dispreferred":  # the loser: what was done in another state
             other = torch.randint(preferred_steps, len(actions), **options)
-            batch = torch.stack([batch, other])
+            batch = torch.cat([batch, other])
         gaussian = policy(observations[batch])
         reference_gaussian = reference_mean[batch], reference_std[batch]
         pair = actions[batch]
@@ -445,7 +445,8 @@ def finetune(policy, dataset, preferences, args, writer=None):
             source = gaussian if args.loser == "policy" else reference_gaussian
             pair = torch.stack([pair, sample_actions(*source, low, high, generator)])
 
-        h_winner, h_loser = log_ratio(gaussian, reference_gaussian, pair, low, high)
+        h = log_ratio(gaussian, reference_gaussian, pair, low, high)
+        h_winner, h_loser = h.view(2, -1)
         loss = preference_loss(h_winner, h_loser, args.beta).mean()
         require(loss.isfinite(), "the loss is not finite; try a lower learning rate.")
 
