@@ -34,37 +34,36 @@ DATA=(
   "--env OfflineCarCircle --dataset $SHARED/carcircle_fsrl.hdf5"
   "--env OfflineHopperVelocity --dataset $SHARED/hopper_velocity_fsrl.hdf5"
   "--env OfflineHalfCheetahVelocity --dataset $SHARED/halfcheetah_velocity_sac.hdf5"
+  "--env OfflineDroneCircle --dataset $SHARED/dronecircle_fsrl.hdf5"
 )
-METHODS=("--method prefine" "--method imitation" "--method dpo")
+METHODS=(prefine weighted-imitation imitation dpo)
 
-# What each part does, and how much each number matters, on three unlike data sets and two seeds.
+# How much each choice matters, on three unlike data sets and two seeds.
 SENSITIVITY=(
-  "--contrast 0"
-  "--imitation 0"
-  "--ess 1"
-  "--leave-out 1"
-  "--wrong-labels 0.1"
-  "--wrong-labels 0.2"
-  "--finetune-updates 4000"
-  "--finetune-lr 5e-4"
-  "--finetune-lr 2e-3"
-  "--counterfactual current"
-  "--preferred 5 --dispreferred 5"
+  "--beta 0.03"
+  "--beta 0.3"
+  "--beta 1"
+  "--loser reference"
+  "--leave-out 0"
+  "--leave-out 0.3"
+  "--finetune-top 0.1"
+  "--finetune-top 0.4"
   "--preferred 10 --dispreferred 10"
   "--preferred 40 --dispreferred 10"
   "--preferred 10 --dispreferred 40"
-  "--beta 0.5"
-  "--beta 2"
-  "--ess 0.3"
+  "--pretrain-updates 10000"
+  "--finetune-updates 10000"
+  "--finetune-lr 5e-4"
+  "--finetune-lr 2e-3"
 )
 SENSITIVITY_DATA=("${DATA[0]}" "${DATA[5]}" "${DATA[9]}") # BallCircle, noisy CarRun, HalfCheetah
 
 # Prints the flags of prefine.py for each experiment, a line each.
 experiments() {
-  local seed data flags
+  local seed data flags method
   for seed in ${SEEDS:-0 1 2 3 4}; do
     for data in "${DATA[@]}"; do
-      for flags in "${METHODS[@]}"; do echo "$data --seed $seed $flags"; done
+      for method in "${METHODS[@]}"; do echo "$data --seed $seed --method $method"; done
     done
   done
   for flags in "${SENSITIVITY[@]}"; do
@@ -76,6 +75,7 @@ experiments() {
 
 # Sets TASKS to a file of the experiments that are asked for and whose data are here.
 choose() {
+  mkdir -p runs/logs
   TASKS=$(mktemp runs/logs/tasks.XXXXXX)
   experiments | grep -e "${ONLY:-}" >"$TASKS" || fail "no experiment's flags match ONLY=$ONLY."
   if [ ! -d "$SHARED" ] && grep -q "$SHARED" "$TASKS"; then
@@ -191,7 +191,7 @@ make_venv() {
   if [ -n "${PIP_FIND_LINKS:-}" ]; then
     export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}" # uv separates them by commas
   fi
-  mapfile -t tools < <(metadata | sed -nE 's/^# (extras|develop) = \[(.*)\].*/\2/p' |
+  mapfile -t tools < <(metadata | sed -nE 's/^# develop = \[(.*)\].*/\1/p' |
     grep -oE '[^", ]+')
   say "making .venv with $FOUND; packages that uv has not cached are downloaded"
   rm -rf .venv
@@ -199,8 +199,8 @@ make_venv() {
   "$UV" pip install --python .venv/bin/python -r prefine.py "${tools[@]}" ||
     fail "$("$UV" --version) could not install the packages, see above; run it again to go on."
   log=$(.venv/bin/python -c 'import prefine
-for name in ("OfflineBallRun-v0", "OfflineCarButton1Gymnasium-v0"):
-    prefine.import_simulators().make(name).reset(seed=0)' 2>&1) ||
+for name in ("OfflineBallRun", "OfflineCarButton1"):
+    prefine.make_env(name).reset(seed=0)' 2>&1) ||
     fail "the simulators do not run, so .venv is not ready: $log"
   echo "$(metadata | cksum) $REQUEST" >.venv/stamp
   say "set up with $(.venv/bin/python --version); both simulators run"
@@ -209,10 +209,8 @@ for name in ("OfflineBallRun-v0", "OfflineCarButton1Gymnasium-v0"):
 setup() {
   [ -n "$(metadata)" ] || fail "prefine.py has no '# /// script' block, which lists its packages."
   is_set_up || (
-    # Two setups at a time would delete each other's work. macOS has no flock.
-    if command -v flock >/dev/null; then
-      flock -n 9 || { say "waiting for another setup to end" && flock 9; }
-    fi
+    # Two setups at a time would delete each other's work.
+    flock -n 9 || { say "waiting for another setup to end" && flock 9; }
     is_set_up || make_venv
   ) 9>.setup.lock
 }
@@ -235,15 +233,9 @@ case ${1:-} in
   summary) setup; summary "${2:-runs}" ;;
   task) task "$2" ;; # for --slurm
   -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh ;;
-  '' | -j* | --slurm)
-    setup
-    mkdir -p runs/logs
-    case ${1:-} in
-      '') run_here 1 ;;
-      -j) run_here "${2:-}" ;;
-      -j*) run_here "${1#-j}" ;;
-      --slurm) submit "${@:2}" ;;
-    esac
-    ;;
+  '') setup; run_here 1 ;;
+  -j) setup; run_here "${2:-}" ;;
+  -j*) setup; run_here "${1#-j}" ;;
+  --slurm) setup; submit "${@:2}" ;;
   *) fail "no verb or option '$1'; bash run_all.sh --help lists them." ;;
 esac
