@@ -97,7 +97,7 @@ SHARES = ["pretrain_top", "leave_out", "finetune_top"]
 def parse_args(argv=None):
     """Flags to a namespace; ``parse_args(["--beta", 0.5])`` has the defaults of all others."""
     parser = argparse.ArgumentParser("prefine.py", allow_abbrev=False)
-    parser.description = "%(prog)s --env OfflineBallCircle --dataset scripted makes a policy safe."
+    parser.description = "Makes a policy safe: %(prog)s --env OfflineBallCircle --dataset scripted"
     parser.error = lambda sentence: require(False, f"{sentence}; --help describes each flag.")
 
     def add(flag, default, text, type=None, **options):
@@ -354,20 +354,20 @@ def choose_preferred(dataset, preferences, leave_out):
     """The indices of the preferred trajectories that count; prints which are left out.
 
     First look: a share ``leave_out`` of them is left out, those with most steps nearest to a
-    dispreferred one. Second look: with these counted as dispreferred, those over one half are, at
-    most half of the rest. Of wrong labels, which vouch for one another, few pass both."""
+    dispreferred one. Second look: with these counted as dispreferred, those with over 40 % of such
+    steps, at most half of the rest. Wrong labels vouch for one another; few pass both looks."""
     preferred, dispreferred = preferences["preferred"], preferences["dispreferred"]
     shares = dispreferred_shares(dataset, preferred, dispreferred)
     if np.median(shares) > 0.4:
         found = f"{np.median(shares):.0%} of a preferred episode's steps look dispreferred"
         print(f"warning: {found}, of 50% by chance: more labels, or clearer ones, may help")
-    number = round(leave_out * len(preferred))
-    if not number:
+    number = min(round(leave_out * len(preferred)), len(preferred) - 1)
+    if number == 0:
         return preferred
     by_share = preferred[np.argsort(shares, kind="stable")]
     chosen, left_out = by_share[:-number], by_share[-number:]
     shares = dispreferred_shares(dataset, chosen, np.append(dispreferred, left_out))
-    chosen = np.sort(chosen[shares <= max(0.5, np.median(shares))])
+    chosen = np.sort(chosen[shares <= max(0.4, np.median(shares))])
     left_out = np.setdiff1d(preferred, chosen)
     print(f"left out, as they look dispreferred: episodes {', '.join(map(str, left_out))}")
     return chosen

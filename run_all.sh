@@ -9,8 +9,7 @@
 #   bash run_all.sh --slurm [FLAG ...] the same as one Slurm job array; flags go to sbatch
 #   bash run_all.sh summary [FOLDER]   their table, of all runs in FOLDER (default: runs)
 #
-# Every verb sets up on first use. What is done already is not done again. SEEDS="0 1" before a
-# command chooses seeds, ONLY=BallRun the experiments whose flags match.
+# SEEDS="0 1" chooses seeds, ONLY=BallRun the experiments whose flags match. Done is done.
 
 set -euo pipefail
 folder=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
