@@ -74,7 +74,7 @@ def require(condition, sentence):
 
 
 def brief(thing):
-    """A value or an error as a part of a sentence: in one line, and not a long one."""
+    """A value or an error as a part of a sentence: one line, and not a long one."""
     return " ".join(str(thing).split())[:200]
 
 
@@ -232,11 +232,12 @@ def copy_policy(policy, dataset):
         require(is_right, f"it returned {brief(found)}")
         return policy
     except DAMAGE as error:
-        needs = "policy needs buffers low and high [A], the bounds of actions, and to return the"
-        needs += " tuple (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, with"
-        needs += " a gradient"
-        advice = "one that was just trained, save it and load it first"
-        raise UserError(f"{needs}; found, on these data: {brief(error)}; {advice}.") from None
+        needs = (
+            "policy needs buffers low and high [A], bounds of the actions, and to return the tuple"
+        )
+        needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
+        found = f"{brief(error)}; one that was just trained, save it and load it first"
+        raise UserError(f"{needs}; found, on these data: {found}.") from None
 
 
 # ----------------------------------------------------------------------------------- pre-training
@@ -579,9 +580,7 @@ def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None
     """A Dataset from arrays as in DSRL's files: [N, O], [N, A], and [N] or [N, 1].
 
     An episode ends where a terminal or a timeout is set; rows after the last end are dropped."""
-    arrays = {"observations": observations, "actions": actions, "rewards": rewards}
-    arrays |= {"terminals": terminals, "timeouts": timeouts}
-    arrays |= {} if costs is None else {"costs": costs}
+    arrays = {name: values for name, values in locals().items() if values is not None}
     rows = len(observations)
     for name, values in arrays.items():
         values, is_wide = np.asarray(values), name in ("observations", "actions")
@@ -810,22 +809,18 @@ def print_table(folder):
         try:
             config = json.loads(path.with_name("config.json").read_text())
             metrics = json.loads(path.read_text())
-        except (OSError, ValueError) as error:  # ValueError: as of a file that a power cut emptied
-            print(f"left out, as a file of the run is damaged: {path}: {error}", file=sys.stderr)
+        except (OSError, ValueError) as error:  # as of a file that a power cut emptied
+            print(f"left out: {path} or its config.json is damaged: {error}", file=sys.stderr)
             continue
         method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
-        for flag in sorted(
-            preset.keys() & config.keys() - {"env", "seed", "dataset", "cost_limit"}
-        ):
-            if config[flag] != preset[flag]:
+        for flag in sorted(preset.keys() - {"env", "seed", "dataset", "cost_limit"}):
+            if flag in config and config[flag] != preset[flag]:
                 method += f" --{flag.replace('_', '-')} {config[flag]}"
         title = f"{metrics['title']}, data {config['dataset'][:4]}"
         rows.setdefault((title, method), {})[config["seed"]] = metrics
     require(rows, f"{folder}: no metrics.json that can be read; each finished run has one.")
-    print(
-        "\n| task, data | method | seeds | return, before → after | cost, before → after", end=" "
-    )
-    print("| over the limit | ended early |\n|---|---|---:|---:|---:|---:|---:|")
+    print("\n| task, data | method | seeds | return, before → after | cost |", end=" ")
+    print("over the limit | ended early |\n|---|---|---:|---:|---:|---:|---:|")
     for (title, method), seeds in sorted(rows.items()):
         line = f"| {title} | {method} | {len(seeds)} |"
         for name in ("return_mean", "cost_mean", "violation_rate", "failure_rate"):
@@ -876,7 +871,7 @@ def find_folder(args, files):
     config = {name: value for name, value in vars(args).items() if name not in others}
     for flag, file in files.items():
         if file:
-            config[flag] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            config[flag] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     text = json.dumps(config, indent=2)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = Path(args.run_dir or f"runs/{args.env}__{args.method}__{args.seed}__{digest}")
