@@ -131,8 +131,8 @@ def parse_args(argv=None):
     add("--finetune-lr", 1e-3, "Adam's learning rate; cosine decay to 0")
     add("--beta", 0.1, "0 imitates the preferred; larger stays nearer the reference")
     add("--loser", "policy", "what is contrasted with a preferred step", choices=LOSERS)
-    add("--leave-out", 0.15, "share of the preferred that look most dispreferred")
-    add("--finetune-top", 0.2, "share of the others, by return, to learn from")
+    add("--leave-out", 0.1, "share of the preferred that look most dispreferred")
+    add("--finetune-top", 0.15, "share of the preferred, the best by return, to learn from")
     add("--eval-episodes", 20, "simulated episodes, before and after")
 
     argv = None if argv is None else [str(argument) for argument in argv]
@@ -247,7 +247,8 @@ def pretrain(dataset, space, args, writer=None):
 
     space: the actions' bounded Box. args: of parse_args(). writer: TensorBoard's, if any."""
     check_box("actions", space, dataset.actions)
-    best = best_by_return(dataset, np.arange(len(dataset.ends)), args.pretrain_top)
+    episodes = np.arange(len(dataset.ends))
+    best = best_by_return(dataset, episodes, args.pretrain_top * len(episodes))
     observations, actions = dataset.steps(best, args.device)
 
     centre, scale = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
@@ -374,11 +375,11 @@ def choose_preferred(dataset, preferences, leave_out):
     return chosen
 
 
-def best_by_return(dataset, episodes, share):
-    """A share of the episodes, those of highest return; one at least."""
+def best_by_return(dataset, episodes, number):
+    """So many of the episodes, those of highest return; one at least."""
     returns = dataset.sums(dataset.rewards)[episodes]
     best_first = np.argsort(-returns, kind="stable")
-    return episodes[best_first[: max(1, round(share * len(episodes)))]]
+    return episodes[best_first[: max(1, round(number))]]
 
 
 # ----------------------------------------------------------- counterfactuals, log-ratios, the loss
@@ -423,7 +424,8 @@ def finetune(policy, dataset, preferences, args, writer=None):
 
     # What is learned from, and what the reference policy would do there, computed once.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
-    best = best_by_return(dataset, preferred, args.finetune_top)
+    number = args.finetune_top * len(preferences["preferred"])
+    best = best_by_return(dataset, preferred, number)
     observations, actions = dataset.steps([*best, *preferences["dispreferred"]], device)
     preferred_steps = (dataset.ends - dataset.starts)[best].sum().item()  # they come first
     with torch.no_grad():
