@@ -123,16 +123,16 @@ def parse_args(argv=None):
     add("--policy", None, "checkpoint of a trained policy to start from")
     add("--hidden", [256, 256], "sizes of hidden layers", int, nargs="+")
     add("--batch-size", 256, "steps per update, here and in fine-tuning")
-    add("--pretrain-updates", 5000, "updates of the pre-training")
+    add("--pretrain-updates", 2500, "updates of the pre-training")
     add("--pretrain-top", 0.2, "share of episodes, by return, to imitate")
-    add("--pretrain-lr", 1e-3, "Adam's learning rate; cosine decay to 0")
+    add("--pretrain-lr", 2e-3, "Adam's learning rate; cosine decay to 0")
 
-    add("--finetune-updates", 5000, "updates of the fine-tuning")
-    add("--finetune-lr", 1e-3, "Adam's learning rate; cosine decay to 0")
+    add("--finetune-updates", 2500, "updates of the fine-tuning")
+    add("--finetune-lr", 2e-3, "Adam's learning rate; cosine decay to 0")
     add("--beta", 0.1, "0 imitates the preferred; larger stays nearer the reference")
     add("--loser", "policy", "what is contrasted with a preferred step", choices=LOSERS)
     add("--leave-out", 0.1, "share of the preferred that look most dispreferred")
-    add("--finetune-top", 0.15, "share of the preferred, the best by return, to learn from")
+    add("--finetune-top", 0.1, "share of the preferred, the best by return, to learn from")
     add("--eval-episodes", 20, "simulated episodes, before and after")
 
     argv = None if argv is None else [str(argument) for argument in argv]
@@ -221,7 +221,7 @@ def load_policy(path, env_id=None, advice="pass another file"):
 
 def copy_policy(policy, dataset):
     """A copy in evaluation mode, where dropout is off and batch statistics stand still. UserError
-    unless the policy keeps the contract of finetune() on steps of the dataset."""
+    unless it keeps the contract of finetune() on steps of the dataset."""
     try:
         policy = copy.deepcopy(policy).eval()
         mean, std = found = policy(dataset.observations[:8].to(policy.low.device))
@@ -332,11 +332,10 @@ def check_preferences(preferences, episodes):
 
 
 def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
-    """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one.
-
-    A step is its state and action, in standard deviations; some ``points`` steps of either label
-    are compared, and none with its own trajectory. Where a label is wrong, or was luck, most steps
-    lie there (editing by nearest neighbours: Wilson 1972)."""
+    """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one, as
+    many do where a label is wrong, or was luck (editing by nearest neighbours: Wilson 1972). A step
+    is its state and action, in standard deviations; some ``points`` steps of either label are
+    compared, and none with its own trajectory."""
     size = math.ceil(points / len(preferred))
     good = torch.cat(dataset.steps(preferred, points=size), 1)
     bad = torch.cat(dataset.steps(dispreferred, points=math.ceil(points / len(dispreferred))), 1)
@@ -490,9 +489,9 @@ def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title
     runs = run_episodes(maker, lambda simulator, seed: act, seeds, workers, title)
     returns = np.array([run["rewards"].sum(dtype=float) for run in runs])
     costs = np.array([run["costs"].sum(dtype=float) for run in runs])
+    failures = np.array([run["terminals"].any() for run in runs])
     metrics = {"return_mean": returns.mean(), "cost_mean": costs.mean()}
-    metrics |= {"violation_rate": (costs > limit).mean()}
-    metrics |= {"failure_rate": np.mean([run["terminals"].any() for run in runs])}
+    metrics |= {"violation_rate": (costs > limit).mean(), "failure_rate": failures.mean()}
     metrics |= {"returns": returns.tolist(), "costs": costs.tolist()}
     if hasattr(simulator.unwrapped, "get_normalized_score"):  # DSRL's
         simulator.unwrapped.set_target_cost(limit)
@@ -625,11 +624,11 @@ def load_dataset(path, env, with_costs=True):
     except DAMAGE as error:
         advice = "a file that was downloaded or collected is made again once it is deleted"
         raise UserError(f"--dataset {path}: not usable: {brief(error)}; {advice}.") from None
-    space = env.action_space
-    clipped = dataset.actions.clip(torch.Tensor(space.low), torch.Tensor(space.high))
+    low, high = torch.Tensor(env.action_space.low), torch.Tensor(env.action_space.high)
+    clipped = dataset.actions.clip(low, high)
     beyond = (clipped != dataset.actions).any(1).sum().item()
     if beyond:
-        print(f"actions beyond the action space, clipped: of {beyond} of {len(clipped)} steps")
+        print(f"actions beyond the action space, clipped: in {beyond} of {len(clipped)} steps")
     return dataset._replace(actions=clipped)
 
 
@@ -923,9 +922,9 @@ def run(args):
     if (folder / "metrics.json").exists():
         print(f"{folder} is complete; delete it to run again")
         return print_table(folder)
-    good, bad = (len(preferences[label]) for label in ("preferred", "dispreferred"))
     limit = f"cost limit {args.cost_limit:g}"
-    print(f"{good} preferred, {bad} dispreferred of {len(returns)} episodes, {limit}")
+    labels = ", ".join(f"{len(indices)} {label}" for label, indices in preferences.items())
+    print(f"{labels} of {len(returns)} episodes, {limit}")
 
     from torch.utils.tensorboard import SummaryWriter
 
@@ -950,9 +949,9 @@ def run(args):
         metrics = {"title": title, "pretrained": before, "finetuned": after}
         part.write_text(json.dumps(metrics, indent=2))
     print_table(folder)
-    found = f"cost {before['cost_mean']:.4g} → {after['cost_mean']:.4g}, {limit}"
-    found += f"; return {before['return_mean']:.4g} → {after['return_mean']:.4g}"
-    print(f"\n{found}; picture: {folder / 'report.png'}")
+    change = f"cost {before['cost_mean']:.4g} → {after['cost_mean']:.4g}, {limit}"
+    change += f"; return {before['return_mean']:.4g} → {after['return_mean']:.4g}"
+    print(f"\n{change}; picture: {folder / 'report.png'}")
 
 
 def main(argv=None):
