@@ -14,7 +14,6 @@
 
     python prefine.py --env OfflineCarButton1                      # DSRL's data, downloaded
     python prefine.py --env OfflineBallCircle --dataset scripted   # data made here
-    python prefine.py --summary runs                               # one table of many runs
 
 A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe), a few
 dispreferred. In a state s of a preferred trajectory a is the action taken, and its counterfactual
@@ -112,14 +111,12 @@ def parse_args(argv=None):
     add("--workers", len(os.sched_getaffinity(0)), "parallel simulators")
     add("--run-dir", None, "folder of the results; else in runs/, by flags")
     add("--summary", None, "print one table of all runs in this folder, and end")
-
     add("--dataset", "dsrl", "dsrl, scripted, or a file in DSRL's format")
     add("--scripted-episodes", 300, "episodes of the scripted data")
     add("--cost-limit", None, "highest safe cost of an episode; DSRL's tasks have one", float)
     add("--preferred", 40, "safe episodes to call preferred")
     add("--dispreferred", 40, "unsafe episodes to call dispreferred")
     add("--preferences", None, "labels instead, a CSV file; then no cost is read")
-
     add("--policy", None, "checkpoint of a trained policy to start from")
     add("--hidden", [256, 256], "sizes of hidden layers", int, nargs="+")
     add("--batch-size", 256, "steps per update, here and in fine-tuning")
@@ -154,14 +151,12 @@ def gaussian_log_prob(mean, std, actions, low, high):
     mass that is clipped to it; actions beyond are clipped too. Infinite bounds leave a Gaussian."""
     z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
-
     # The mass is Phi(z). Its logarithm below 0 is written with erfcx, as log_ndtr's gradient is
     # wrong in float32 where std is small.
     z = torch.where(actions >= high, -z, z)
     below = z.clamp(max=0)
     log_tail = torch.log(torch.special.erfcx(below / -math.sqrt(2)) / 2) - 0.5 * below**2
     log_mass = torch.where(z < 0, log_tail, torch.special.log_ndtr(z.clamp(min=0)))
-
     inside = (actions > low) & (actions < high)
     return torch.where(inside, log_density, log_mass).sum(-1)
 
@@ -172,7 +167,7 @@ class GaussianPolicy(nn.Module):
     low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O]."""
 
     # In halves of the action range; below, single steps would decide the likelihood.
-    LOWEST_LOG_STD, HIGHEST_LOG_STD = -1.5, 0.5
+    LOG_STD_BOUNDS = -1.5, 0.5
 
     def __init__(self, low, high, mean, std, hidden=(256, 256)):
         super().__init__()
@@ -181,8 +176,7 @@ class GaussianPolicy(nn.Module):
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
         self.net = nn.Sequential(*layers, nn.Linear(size, 2 * len(low)))
-        saved = {"low": low, "high": high, "mean": mean, "std": std}
-        for name, values in saved.items():
+        for name, values in {"low": low, "high": high, "mean": mean, "std": std}.items():
             self.register_buffer(name, torch.as_tensor(np.asarray(values, np.float32)))
 
     def forward(self, observations):
@@ -191,8 +185,8 @@ class GaussianPolicy(nn.Module):
         mean, log_std = self.net(normalised).chunk(2, -1)
         half_range = (self.high - self.low) / 2
         mean = (self.high + self.low) / 2 + half_range * torch.tanh(mean)
-        span = self.HIGHEST_LOG_STD - self.LOWEST_LOG_STD
-        log_std = self.LOWEST_LOG_STD + span * torch.sigmoid(log_std)
+        lowest, highest = self.LOG_STD_BOUNDS
+        log_std = lowest + (highest - lowest) * torch.sigmoid(log_std)
         return mean, half_range * log_std.exp()
 
 
@@ -215,8 +209,8 @@ def load_policy(path, env_id=None, advice="pass another file"):
         policy.load_state_dict(state)
         return policy
     except DAMAGE as error:
-        needs = f"needs a checkpoint of save_policy() of {env_id or 'any task'}"
-        raise UserError(f"{path}: {needs}; found {brief(error)}; {advice}.") from None
+        needs = f"{path}: needs a checkpoint of save_policy() of {env_id or 'any task'}"
+        raise UserError(f"{needs}; found {brief(error)}; {advice}.") from None
 
 
 def copy_policy(policy, dataset):
@@ -243,9 +237,8 @@ def copy_policy(policy, dataset):
 # ----------------------------------------------------------------------------------- pre-training
 def pretrain(dataset, space, args, writer=None):
     """Reward-only pre-training: imitate the best episodes by return, the "%BC" of Chen et al.,
-    Decision Transformer, 2021. Costs are never read.
-
-    space: the actions' bounded Box. args: of parse_args(). writer: TensorBoard's, if any."""
+    Decision Transformer, 2021. Costs are never read. space: the actions' bounded Box. args: of
+    parse_args(). writer: TensorBoard's, if any. Returns a GaussianPolicy."""
     check_box("actions", space, dataset.actions)
     episodes = np.arange(len(dataset.ends))
     best = best_by_return(dataset, episodes, args.pretrain_top * len(episodes))
@@ -255,7 +248,6 @@ def pretrain(dataset, space, args, writer=None):
     scale = torch.where(scale < 1e-6, 1.0, scale)  # a constant observation tells nothing
     torch.manual_seed(args.seed)
     policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden).to(args.device)
-
     generator = torch.Generator(args.device).manual_seed(args.seed)
     options = {"size": (args.batch_size,), "generator": generator, "device": args.device}
     optimizer = torch.optim.Adam(policy.parameters(), args.pretrain_lr, fused=True)
@@ -278,10 +270,8 @@ def pretrain(dataset, space, args, writer=None):
 
 # ------------------------------------------------------------------------------------ preferences
 def draw_preferences(costs, limit, preferred, dispreferred, seed):
-    """Label trajectories by their cost returns [E] alone: safe is at or under ``limit``.
-
-    Returns episode indices {"preferred": [P], "dispreferred": [D]}, drawn at random from the safe
-    and from the others."""
+    """Label trajectories by their cost returns [E] alone: indices {"preferred": [P],
+    "dispreferred": [D]}, drawn at random from those at or under ``limit`` and from the others."""
     rng = np.random.default_rng(seed)
     safe = rng.permutation(np.flatnonzero(costs <= limit))
     unsafe = rng.permutation(np.flatnonzero(costs > limit))
@@ -352,11 +342,10 @@ def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
 
 
 def choose_preferred(dataset, preferences, leave_out):
-    """The indices of the preferred trajectories that count; prints which are left out.
-
-    First look: a share ``leave_out`` of them is left out, those with most steps nearest to a
-    dispreferred one. Second look: with these counted as dispreferred, those with over 40 % of such
-    steps, at most half of the rest. Wrong labels vouch for one another; few pass both looks."""
+    """The preferred trajectories that count; prints which are left out. First look: a share
+    ``leave_out`` of them, those with most steps nearest to a dispreferred one. Second look: with
+    these counted as dispreferred, those with over 40 % of such steps, at most half of the rest.
+    Wrong labels vouch for one another; few pass both looks."""
     preferred, dispreferred = preferences["preferred"], preferences["dispreferred"]
     shares = dispreferred_shares(dataset, preferred, dispreferred)
     if np.median(shares) > 0.4:
@@ -396,11 +385,9 @@ def log_ratio(gaussian, reference_gaussian, actions, low, high):
 
 
 def preference_loss(h_winner, h_loser, beta):
-    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7) over beta, element by
-    element; where beta is 0 its limit, but for a constant.
-
-    h_winner, h_loser: log-ratios of one shape. The slope is -1/2 at a tie, whatever beta, and fades
-    once the winner leads by a few times 1 / beta nats."""
+    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7) over beta, of two
+    log-ratios; for beta 0 its limit, but for a constant. The slope is -1/2 at a tie, whatever
+    beta, and fades once the winner leads by a few times 1 / beta nats."""
     lead = h_winner - h_loser
     if beta == 0:
         return -lead / 2
@@ -438,15 +425,13 @@ def finetune(policy, dataset, preferences, args, writer=None):
         # The winner is what was done in a preferred trajectory.
         batch = torch.randint(preferred_steps, **options)
         if args.loser == "dispreferred":  # the loser: what was done in another state
-            other = torch.randint(preferred_steps, len(actions), **options)
-            batch = torch.cat([batch, other])
+            batch = torch.cat([batch, torch.randint(preferred_steps, len(actions), **options)])
         gaussian = policy(observations[batch])
         reference_gaussian = reference_mean[batch], reference_std[batch]
         pair = actions[batch]
         if args.loser != "dispreferred":  # the loser: what a policy would do in the same state
             source = gaussian if args.loser == "policy" else reference_gaussian
             pair = torch.stack([pair, sample_actions(*source, low, high, generator)])
-
         h = log_ratio(gaussian, reference_gaussian, pair, low, high)
         h_winner, h_loser = h.view(2, -1)
         loss = preference_loss(h_winner, h_loser, args.beta).mean()
@@ -578,9 +563,8 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None):
-    """A Dataset from arrays as in DSRL's files: [N, O], [N, A], and [N] or [N, 1].
-
-    An episode ends where a terminal or a timeout is set; rows after the last end are dropped."""
+    """A Dataset from arrays as in DSRL's files: [N, O], [N, A], and [N] or [N, 1]. An episode ends
+    where a terminal or a timeout is set; rows after the last end are dropped."""
     arrays = {name: values for name, values in locals().items() if values is not None}
     rows = len(observations)
     for name, values in arrays.items():
@@ -701,8 +685,10 @@ def check_box(name, space, values=None):
         is_right = space.is_bounded() and (space.low < space.high).all()
     needs = "need a flat Box, of actions with finite bounds, low < high"
     require(is_right, f"{name} {needs}; found {brief(space)}; Gymnasium has wrappers.")
-    found = space.shape if values is None else values.shape[1:]
-    require(found == space.shape, f"{name} are {found[0]} wide in the data, {space.shape[0]} here.")
+    width = space.shape[0] if values is None else values.shape[1]
+    require(
+        width == space.shape[0], f"{name} are {width} wide in the data, but need {space.shape}."
+    )
 
 
 def find_cost_limit(env, given=None):
@@ -739,8 +725,7 @@ def collect(env_id, episodes, workers, path):
 
 # Who changes a controller deletes the file that it has made: its name tells the task alone.
 def bullet_controller(env, seed):
-    """Circle tasks: follow a circle whose |x| is clipped at a wall. Run tasks: follow a lane. The
-    speed and all else are drawn anew in each episode."""
+    """Follow a circle whose |x| is clipped at a wall, or a lane, as drawn anew for each episode."""
     rng = np.random.default_rng(seed)
     is_car, is_circle = "Car" in env.spec.id, "Circle" in env.spec.id
     noise = rng.uniform(0.05, 0.4)
@@ -897,10 +882,8 @@ def stage(path, args, make):
 def run(args):
     """The method as a whole: data, preferences, pre-training, fine-tuning, evaluation."""
     require(args.env, "--env is missing: it names a task, such as OfflineBallCircle.")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):  # of torch, for want of such a device
-        raise UserError(f"--device {args.device}: not usable here; cpu is.") from None
+    is_right = args.device == "cpu" or torch.cuda.is_available()
+    require(is_right, f"--device {args.device}: not usable here; cpu is.")
     torch.set_num_threads(1)  # more are slower for such small networks
     env = make_env(args.env)
     args.env, args.cost_limit = env.spec.id, find_cost_limit(env, args.cost_limit)
@@ -912,8 +895,8 @@ def run(args):
         preferences = read_preferences(args.preferences, len(returns))
     else:
         costs = dataset.sums(dataset.costs)
-        counts = args.preferred, args.dispreferred
-        preferences = draw_preferences(costs, args.cost_limit, *counts, args.seed)
+        numbers = args.preferred, args.dispreferred, args.seed
+        preferences = draw_preferences(costs, args.cost_limit, *numbers)
         points = {label: (costs[i], returns[i]) for label, i in preferences.items()}
     dataset = dataset._replace(costs=None)  # from here on no training can read a cost
 
