@@ -217,7 +217,8 @@ def copy_policy(policy, dataset):
     """A copy in evaluation mode, where dropout is off and batch statistics stand still. UserError
     unless it keeps the contract of finetune() on steps of the dataset."""
     try:
-        policy = copy.deepcopy(policy).eval()
+        with torch.no_grad():  # or the tensors of TorchScript's copy could not be trained
+            policy = copy.deepcopy(policy).eval()
         mean, std = found = policy(dataset.observations[:8].to(policy.low.device))
         is_right = isinstance(found, tuple) and mean.dtype == std.dtype == torch.float32
         is_right &= mean.shape == std.shape == dataset.actions[:8].shape and mean.requires_grad
@@ -278,7 +279,8 @@ def draw_preferences(costs, limit, preferred, dispreferred, seed):
     is_right = preferred <= len(safe) and dispreferred <= len(unsafe)
     found = f"{len(safe)} of {len(costs)} episodes cost at most {limit:g}, see --cost-limit"
     require(is_right, f"--preferred {preferred}, --dispreferred {dispreferred}: {found}.")
-    return {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
+    preferences = {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
+    return check_preferences(preferences, len(costs))
 
 
 def read_preferences(path, episodes):
@@ -309,10 +311,13 @@ def check_preferences(preferences, episodes):
     """Labels as arrays {"preferred": [P], "dispreferred": [D]}. UserError unless they are different
     indices of the episodes, some of each."""
     checked = {}
+    is_right = isinstance(preferences, dict)
+    require(is_right, 'labels need {"preferred": [...], "dispreferred": [...]}, of episodes.')
     for label in ("preferred", "dispreferred"):
         indices = np.asarray(preferences.get(label, []))
         require(indices.size, f"no trajectory is {label}; both labels are needed.")
-        is_right = indices.dtype.kind in "iu" and np.isin(indices, range(episodes)).all()
+        is_right = indices.dtype.kind in "iu" and indices.ndim == 1
+        is_right = is_right and np.isin(indices, range(episodes)).all()
         needs = f"'{label}' needs indices from 0 to {episodes - 1}, as np.flatnonzero() makes"
         require(is_right, f"{needs}; found {brief(indices)}.")
         checked[label] = indices.astype(np.int64)
@@ -516,7 +521,9 @@ def run_episodes(env, make_controller, seeds, workers, title):
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, **options):
             parallel = joblib.Parallel(min(workers, len(jobs)), return_as="generator")
-            # Workers inherit that Ctrl-C is blocked: it ends this process, and that ends them.
+            # Workers inherit that Ctrl-C is blocked: it ends this process, and that ends them. The
+            # tracker's start would unblock it, so that comes first.
+            joblib.externals.loky.backend.resource_tracker.ensure_running()
             signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 results = parallel(jobs)
@@ -686,9 +693,7 @@ def check_box(name, space, values=None):
     needs = "need a flat Box, of actions with finite bounds, low < high"
     require(is_right, f"{name} {needs}; found {brief(space)}; Gymnasium has wrappers.")
     width = space.shape[0] if values is None else values.shape[1]
-    require(
-        width == space.shape[0], f"{name} are {width} wide in the data, but need {space.shape}."
-    )
+    require(width == space.shape[0], f"{name} are {width} wide in the data, and need {space.shape}")
 
 
 def find_cost_limit(env, given=None):
