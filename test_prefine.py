@@ -5,8 +5,7 @@
     bash run_all.sh bench [--quick]         # ratios; --quick: with a tenth of the data set
     bash run_all.sh bench --osrl            # beside OSRL's BC-Safe and CPQ, many minutes
 
-Nothing that can be run is mocked: simulators, HDF5 files and HTTP servers are real. The dsrl cache
-of whoever runs this is never touched.
+Nothing that can be run is mocked. The dsrl cache of whoever runs this is never touched.
 """
 
 import contextlib
@@ -19,7 +18,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import statistics
@@ -148,16 +146,6 @@ def record(path, env, episodes):
     return write_hdf5(path, {key: np.concatenate([e[key] for e in runs]) for key in prefine.KEYS})
 
 
-@pytest.fixture(scope="session")
-def ball(tmp_path_factory):
-    """A simulator, and an empty dsrl cache for this session, also in every process it starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSRL_DATASET_DIR", str(tmp_path_factory.mktemp("dsrl")))
-        env = prefine.make_env(BALL)
-        patch.setattr("dsrl.offline_env.DATASET_PATH", os.environ["DSRL_DATASET_DIR"])
-        yield env
-
-
 WALK = '''
 import gymnasium
 import numpy as np
@@ -192,13 +180,19 @@ for name in "Walk", "Free":
 
 @pytest.fixture(scope="session")
 def walks(tmp_path_factory):
-    """The package of the texts above, to be imported here and in every process it starts."""
-    folder = tmp_path_factory.mktemp("packages")
+    """The package of the texts above, and an empty dsrl cache, here and where processes start."""
+    folder = tmp_path_factory.mktemp("session")
     (folder / "walks.py").write_text(WALK + REGISTER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("DSRL_DATASET_DIR", str(folder))
         patch.syspath_prepend(folder)
         yield importlib.import_module("walks")
+
+
+@pytest.fixture(scope="session")
+def ball(walks):
+    return prefine.make_env(BALL)
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -225,41 +219,29 @@ def test_log_prob_and_gradients_are_those_of_a_clipped_normal_in_float64(std, ac
 
 
 @fast
-def test_a_policys_mean_lies_in_the_space_and_its_std_within_its_bounds():
-    low, high = np.array([-2.0, 0.0]), np.array([2.0, 1.0])
-    policy = prefine.GaussianPolicy(low, high, np.zeros(3), np.ones(3), [16])
-    mean, std = policy(1e3 * torch.randn(500, 3))
-    assert (mean >= policy.low).all() and (mean <= policy.high).all()
-    log_std = torch.log(std / (policy.high - policy.low) * 2)
-    assert (log_std >= -1.5001).all() and (log_std <= 0.5001).all()
-
-
-@fast
 def test_a_checkpoint_is_self_contained(tmp_path):
     low, high = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
     policy = prefine.GaussianPolicy(low, high, np.arange(3), np.full(3, 2.0), [8, 4])
     path = tmp_path / "policy.pt"
     prefine.save_policy(path, BALL, policy)
-    loaded, observations = prefine.load_policy(path, BALL), torch.randn(5, 3)
-    assert same(policy, loaded)
-    assert all(torch.equal(a, b) for a, b in zip(policy(observations), loaded(observations)))
+    assert same(policy, prefine.load_policy(path, BALL))
     with pytest.raises(prefine.UserError, match=f"{BALL_RUN_ID}; found one of {BALL}"):
         prefine.load_policy(path, BALL_RUN_ID)
     with pytest.raises(prefine.UserError, match="save_policy.. is for a GaussianPolicy"):
         prefine.save_policy(path, BALL, Own())
+    with pytest.raises(prefine.UserError, match="none/policy.pt: not written: "):
+        prefine.save_policy(tmp_path / "none" / "policy.pt", BALL, policy)
 
 
 @fast
-@pytest.mark.parametrize("content", ["code", "empty", "text", "pickle", "cut", "other size"])
+@pytest.mark.parametrize("content", ["code", "empty", "text", "pickle", "cut"])
 def test_what_is_no_checkpoint_is_refused_never_run_and_never_to_be_deleted(tmp_path, content):
     class Harm:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
 
-    path, policy = tmp_path / "policy.pt", toy_policy()
-    if content == "other size":
-        policy.mean = torch.zeros(4)
-    prefine.save_policy(path, BALL, policy)
+    path = tmp_path / "policy.pt"
+    prefine.save_policy(path, BALL, toy_policy())
     if content == "code":
         torch.save({"env": BALL, "state": Harm()}, path)
     others = {"empty": b"", "text": b"no checkpoint", "pickle": b"\x80\x02}."}
@@ -272,37 +254,26 @@ def test_what_is_no_checkpoint_is_refused_never_run_and_never_to_be_deleted(tmp_
 
 # ----------------------------------------------------------- counterfactuals, log-ratios, the loss
 @fast
-def test_the_log_ratio_is_the_difference_of_log_probs_and_0_for_the_reference():
-    policy, reference = torch.rand(2, 2, 6, 2) + 0.2
-    actions = torch.rand(6, 2) * 2 - 1
-    found = prefine.log_ratio(policy, reference, actions, *INFINITE)
-    expected = Normal(*policy).log_prob(actions) - Normal(*reference).log_prob(actions)
-    torch.testing.assert_close(found, expected.sum(-1))
-    assert (prefine.log_ratio(reference, reference, actions, *BOX) == 0).all()
-
-
-@fast
 def test_samples_are_those_of_the_clipped_gaussian_and_carry_no_gradient():
     mean = torch.tensor([0.9, -0.2]).expand(50_000, 2).clone().requires_grad_(True)
     std = torch.full((50_000, 2), 0.5)
     samples = prefine.sample_actions(mean, std, *BOX, torch.Generator().manual_seed(0))
     assert not samples.requires_grad and samples.abs().max() <= 1
-    mass = Normal(0.9, 0.5).cdf(torch.tensor(-1.0)), 1 - Normal(0.9, 0.5).cdf(torch.tensor(1.0))
-    for bound, expected in zip((-1, 1), mass):
-        assert (samples[:, 0] == bound).float().mean() == pytest.approx(expected, abs=0.01)
-    again = prefine.sample_actions(mean, std, *BOX, torch.Generator().manual_seed(0))
-    assert torch.equal(samples, again)
+    at_most_1 = Normal(0.9, 0.5).cdf(torch.tensor(1.0)).item()
+    assert (samples[:, 0] == 1).float().mean().item() == pytest.approx(1 - at_most_1, abs=0.01)
 
 
 @fast
-@pytest.mark.parametrize("beta", [0, 1e-6, 0.1, 1.0, 10.0])
-def test_the_loss_is_the_sum_of_its_two_halves_and_of_beta_0_their_limit(beta):
+def test_the_loss_is_the_sum_of_its_two_halves_and_tends_to_that_of_beta_0():
     winner, loser = torch.randn(2, 1000, dtype=torch.float64)
     lead = winner - loser
-    imitates, retains = -lead / 2, torch.log(2 * torch.cosh(beta * lead / 2)) / (beta or 1)
-    constant = math.log(2) / (beta or 1) if beta < 1e-3 else 0  # the limit is but for it
-    found = prefine.preference_loss(winner, loser, beta) - constant * (beta > 0)
-    torch.testing.assert_close(found, imitates + retains - constant, atol=1e-5, rtol=1e-6)
+    for beta in 1e-6, 0.1, 1, 10:
+        imitates, retains = -lead / 2, torch.log(2 * torch.cosh(beta * lead / 2)) / beta
+        found = prefine.preference_loss(winner, loser, beta)
+        torch.testing.assert_close(found, imitates + retains)
+    small = prefine.preference_loss(winner, loser, 1e-6) - math.log(2) / 1e-6
+    found = prefine.preference_loss(winner, loser, 0)
+    torch.testing.assert_close(found, small, atol=1e-5, rtol=0)
 
 
 @fast
@@ -332,7 +303,7 @@ def toy_optimum(text):
     dataset = prefine.make_dataset(zeros[:, None], actions[:, None], zeros, zeros, last)
     policy = Own(1, 1)
     torch.nn.init.zeros_(policy.layer.bias)
-    text += " --leave-out 0 --finetune-lr 0.03 --finetune-updates 600 --batch-size 512"
+    text += " --leave-out 0 --finetune-lr 0.05 --finetune-updates 400 --batch-size 512"
     labels = {"preferred": [0], "dispreferred": [1]}
     mean, std = prefine.finetune(policy, dataset, labels, flags(text))(torch.zeros(1, 1))
     return mean.item(), std.item()
@@ -396,10 +367,7 @@ def test_labels_of_a_file_are_those_written_and_rows_without_one_are_counted(tmp
     paths[1].write_text(text + "1,preferred,\n5,,\n6\n2, ,unsure\n", encoding="utf-8-sig")
     for path in paths:
         found = prefine.read_preferences(path, 8)
-        assert {label: list(episodes) for label, episodes in found.items()} == {
-            "preferred": [3, 1],
-            "dispreferred": [0, 7],
-        }
+        assert [found[label].tolist() for label in LABELS] == [[3, 1], [0, 7]]
     assert capsys.readouterr().out == f"{paths[1]}: rows without a label, skipped: 3\n"
 
 
@@ -414,7 +382,6 @@ def test_labels_of_a_file_are_those_written_and_rows_without_one_are_counted(tmp
         ("id,label\n0,preferred\n", r"needs the columns episode and label.*\['id', 'label'\]"),
         ("", "needs the columns episode and label"),
         ("episode,label\n3,preferred\n", "no trajectory is dispreferred; both labels are needed"),
-        ("episode,label\n3,\n", "no trajectory is preferred; both labels are needed"),
     ],
 )
 def test_a_mistake_in_a_label_file_is_named_with_its_line(tmp_path, text, sentence):
@@ -445,7 +412,6 @@ PREFERRED_NEEDS = "'preferred' needs indices from 0 to 11, as np.flatnonzero"
         ([True] * 12, [1], PREFERRED_NEEDS),
         (torch.ones(12) > 0, [1], PREFERRED_NEEDS),
         ([0.0, 2.0], [1], PREFERRED_NEEDS),
-        (["0", "2"], [1], PREFERRED_NEEDS),
         ([[0, 2], [4, 6]], [1], PREFERRED_NEEDS),
         ([0, 2], [2, 3], "an episode is labelled twice"),
         ([0, 0], [1, 3], "an episode is labelled twice"),
@@ -455,8 +421,6 @@ def test_labels_from_python_are_refused_in_words(preferred, dispreferred, senten
     labels = {"preferred": preferred, "dispreferred": dispreferred}
     with pytest.raises(prefine.UserError, match=sentence):
         prefine.finetune(toy_policy(), toy_dataset(), labels, flags(TRAIN))
-    with pytest.raises(prefine.UserError, match="preferred"):  # no dictionary
-        prefine.finetune(toy_policy(), toy_dataset(), [preferred, dispreferred], flags(TRAIN))
 
 
 @fast
@@ -471,7 +435,7 @@ def test_a_preferred_trajectory_that_looks_dispreferred_is_left_out_and_named(co
     output = capsys.readouterr().out
     assert re.search(r"left out.* dispreferred.*\b1\n", output) and "warning" not in output
     assert wrong in prefine.choose_preferred(dataset, labels, 0)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and len(prefine.choose_preferred(dataset, labels, 1)) == 1
 
 
 def scattered_dataset(centres):
@@ -506,28 +470,23 @@ def test_labels_that_say_little_are_warned_of_and_half_of_the_rest_stays(capsys)
 
 
 @fast
-def test_the_best_by_return_are_a_share_and_one_at_least():
+def test_the_best_by_return_are_so_many_and_one_at_least():
     dataset, episodes = toy_dataset(), np.array([2, 3, 5, 6, 7, 11])
     dataset.rewards[:] = torch.arange(12).repeat_interleave(10) % 7
-    for share, best in (0.5, [6, 5, 11]), (0.01, [6]), (1, [6, 5, 11, 3, 2, 7]):
-        assert prefine.best_by_return(dataset, episodes, share).tolist() == best
+    for number, best in (2.6, [6, 5, 11]), (0.1, [6]), (9, [6, 5, 11, 3, 2, 7]):
+        assert prefine.best_by_return(dataset, episodes, number).tolist() == best
 
 
 # --------------------------------------------------------------------- pre-training, fine-tuning
 @fast
 def test_pretraining_imitates_the_best_episodes_by_return():
     dataset = toy_dataset(episodes=10, steps=100)
-    dataset.rewards[:], dataset.actions[:] = 0, -0.4
-    generator = torch.Generator().manual_seed(0)
-    for episode in (2, 5):
-        rows = slice(dataset.starts[episode], dataset.ends[episode])
-        dataset.rewards[rows] = 1
-        dataset.actions[rows] = 0.5 + 0.3 * torch.randn(100, 2, generator=generator)
-    dataset.actions.clamp_(-1, 1)
+    for episode in (2, 4):  # the others go left, or are worse
+        dataset.rewards[dataset.starts[episode] : dataset.ends[episode]] = 9
     text = "--hidden 16 --pretrain-top 0.2 --pretrain-updates 500 --pretrain-lr 0.01"
-    mean, std = prefine.pretrain(dataset, BOX_SPACE, flags(text))(dataset.steps([2, 5])[0])
+    mean, std = prefine.pretrain(dataset, BOX_SPACE, flags(text))(dataset.steps([2, 4])[0])
     torch.testing.assert_close(mean.mean(0), torch.full((2,), 0.5), atol=0.08, rtol=0)
-    torch.testing.assert_close(std.mean(0), torch.full((2,), 0.3), atol=0.08, rtol=0)
+    torch.testing.assert_close(std.mean(0), torch.full((2,), 0.22), atol=0.05, rtol=0)
 
 
 @fast
@@ -564,17 +523,7 @@ def test_updates_are_steps_of_adam_on_the_loss_of_the_docstring(loser):
         optimizer.step()
     for found, expected in zip(aligned.parameters(), mine.parameters()):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert not same(aligned, policy)
-
-
-@fast
-@pytest.mark.parametrize("text", ["", "--beta 0", "--loser reference", "--method dpo"])
-def test_finetuning_moves_a_copy_to_the_preferred_actions(text):
-    dataset, policy = toy_dataset(), toy_policy()
-    aligned = prefine.finetune(policy, dataset, LABELS, flags(TRAIN + text))
-    assert same(policy, toy_policy()) and all(x.grad is None for x in policy.parameters())
-    moved = (aligned(dataset.observations)[0] - policy(dataset.observations)[0]).mean(0)
-    assert (moved > 0.02).all()  # preferred episodes go right, dispreferred ones left
+    assert same(policy, Own()) and all(x.grad is None for x in policy.parameters())
 
 
 @fast
@@ -600,12 +549,6 @@ def test_training_repeats_bit_for_bit_whatever_the_costs_and_depends_on_the_seed
         runs.append((pretrained, prefine.finetune(policy, data, LABELS, args)))
     for one, *again, other in zip(*runs):
         assert all(same(one, each) for each in again) and not same(one, other)
-
-
-@fast
-def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_try():
-    with pytest.raises(prefine.UserError, match="loss is not finite; try a lower learning rate"):
-        prefine.finetune(Own(), toy_dataset(), LABELS, flags(TRAIN + "--finetune-lr 1e9"))
 
 
 # ----------------------------------------------------------------------------- anybody's policies
@@ -648,20 +591,16 @@ POLICIES = {  # what a policy may be, and whether fine-tuning, and evaluation, c
     "three values": (returning(lambda mean, std: (mean, std, std)), False, True),
     "a number for std": (returning(lambda mean, std: (mean, 0.5)), False, True),
     "(mean, log std)": (returning(lambda mean, std: (mean, -std)), False, True),
-    "no gradient": (returning(lambda mean, std: (mean.detach(), std)), False, True),
     "float64": (lambda: Own().double(), False, True),
     "half precision": (lambda: Own().half(), False, True),
     "no bounds": (lambda: own_with(high=None), False, True),
     "numbers as bounds": (lambda: own_with(low=-1.0, high=1.0), False, True),
     "arrays as bounds": (lambda: own_with(low=-np.ones(2), high=np.ones(2)), False, True),
-    "bounds of other width": (lambda: own_with(low=-torch.ones(3)), False, True),
     "a wrapper": (lambda: torch.nn.Sequential(Own()), False, True),
     "a result kept within": (lambda: own_with(last=Own().log_std.exp()), False, True),
     "a distribution": (returning(Normal), False, False),
     "a dictionary": (returning(lambda mean, std: {"mean": mean, "std": std}), False, False),
-    "a list": (returning(lambda mean, std: [mean, std]), False, False),
     "NaN": (returning(lambda mean, std: (mean * math.nan, std)), False, False),
-    "no batch": (returning(lambda mean, std: (mean[0], std[0])), False, False),
     "one action for two": (lambda: Own(3, 1), False, False),
     "three actions for two": (lambda: Own(3, 3), False, False),
 }
@@ -712,7 +651,7 @@ def test_an_evaluation_of_a_task_of_dsrl_has_its_limit_and_normalised_scores(bal
     scores = env.get_normalized_score(np.mean(found["returns"]), np.mean(found["costs"]))
     assert (found["normalized_return"], found["normalized_cost"]) == pytest.approx(scores)
     assert found["violation_rate"] == np.mean(np.array(found["costs"]) > 10)
-    assert found["cost_mean"] == np.mean(found["costs"]) and len(set(found["returns"])) == 3
+    assert found["return_mean"] == pytest.approx(np.mean(found["returns"]))
 
 
 # ------------------------------------------------------------------------ anybody's environments
@@ -724,7 +663,6 @@ def test_any_environment_is_evaluated_with_its_own_cost_and_limit(walks):
         found = [prefine.evaluate(policy, env, 3, cost_limit=5) for env in environments]
         assert found[0] == found[1] == found[2] and found[0]["return_mean"] == score
         assert found[0]["violation_rate"] == (action == 1) and found[0]["failure_rate"] == 0
-        assert (max(found[0]["costs"]) > 5) == (action == 1)
         assert "normalized_return" not in found[0]
 
 
@@ -752,7 +690,6 @@ def test_a_function_that_makes_the_wrapped_environment_normalises_what_a_policy_
         ("action", Box(-np.inf, np.inf, (2,)), "need a flat Box, of actions with finite bounds"),
         ("action", Box(0, np.inf, (2,)), "need a flat Box, of actions with finite bounds"),
         ("action", Box(np.float32([0, 0]), np.float32([0, 1])), "need .* low < high"),
-        ("action", Box(-1, 1, (1, 2)), "need a flat Box"),
         ("observation", Box(0, 1, (4, 4)), "need a flat Box"),
         ("observation", Dict(x=Box(0, 1, (4,))), "need a flat Box.*Gymnasium has wrappers"),
     ],
@@ -769,6 +706,10 @@ def test_a_space_that_is_no_flat_box_gets_a_sentence(name, space, sentence, walk
 @fast
 def test_other_wrong_calls_get_a_sentence(walks):
     policy = Constant(1.0, 0.0)
+    with pytest.raises(prefine.UserError, match="preferred"):
+        prefine.finetune(toy_policy(), toy_dataset(), [(0, 1), (2, 3)], flags(TRAIN))
+    with pytest.raises(prefine.UserError, match="loss is not finite; try a lower learning rate"):
+        prefine.finetune(Own(), toy_dataset(), LABELS, flags(TRAIN + "--finetune-lr 1e9"))
     with pytest.raises(prefine.UserError, match="actions are 2 wide in the data, 3 here"):
         prefine.pretrain(toy_dataset(), Box(-1, 1, (3,)), flags(TRAIN))
     with pytest.raises(prefine.UserError, match="a function that makes an env.*, not an object"):
@@ -787,9 +728,9 @@ def test_a_whole_run_in_an_environment_of_ones_own_package(walks, tmp_path, capf
     line = ["prefine.py", "--env", "walks:Walk-v0", *line.split(), "--run-dir"]
     done = command(*line, tmp_path / "run", cwd=HERE)
     assert done.returncode == 0, done.stderr
-    lacks = {"normalized_return", "normalized_cost"}
-    before, after = check_metrics(tmp_path / "run", 4, lacks)
-    assert before["cost_mean"] > 5 > after["cost_mean"] and "cost limit 5" in done.stdout
+    content = metrics(tmp_path / "run")
+    before, after = (content[name]["cost_mean"] for name in ("pretrained", "finetuned"))
+    assert before > 5 > after and "cost limit 5" in done.stdout
     assert run(*line[1:], tmp_path / "other", "--env walks:Free-v0") == 2
     assert "the environment gives no cost: step() must set info['cost']" in capfd.readouterr().err
 
@@ -801,33 +742,33 @@ import torch, prefine
 
 gymnasium.register("Walk-v0", entry_point=Walk)
 
-class Mine(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 2)
+class Mine(torch.nn.Linear):
     def forward(self, observations):
-        return torch.tanh(self.layer(observations)), 1
+        return torch.tanh(super().forward(observations)), 1
 
-print(prefine.evaluate(Mine(), "Walk-v0", episodes=2, cost_limit=5, workers=2)["failure_rate"])
+print(prefine.evaluate(Mine(3, 2), "Walk-v0", episodes=2, cost_limit=5, workers=2)["failure_rate"])
 """
 
 
-@pytest.mark.parametrize("how", ["script.py", "-"])
-def test_classes_and_ids_of_a_script_without_a_main_guard_reach_the_workers(how, tmp_path):
-    script = WALK + SCRIPT.format(here=str(HERE))
-    (tmp_path / "script.py").write_text(script)
-    done = command(how, input=script, cwd=tmp_path, timeout=100)
+def test_classes_and_ids_of_a_script_without_a_main_guard_reach_the_workers(tmp_path):
+    done = command("-", input=WALK + SCRIPT.format(here=str(HERE)), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "0.0\n"), done.stderr
 
 
 # ------------------------------------------------------------------------------------------- data
-def test_a_data_set_is_cut_into_episodes_at_terminals_and_timeouts(tmp_path, ball, capfd):
+def test_a_data_set_is_cut_into_whole_episodes_and_its_actions_into_their_space(
+    tmp_path, ball, capfd
+):
     arrays = small_arrays()
     arrays["terminals"][4] = True
+    arrays["actions"][:12] = [1.5, -7]
     arrays["timeouts"][-1] = False
     dataset = prefine.load_dataset(write_hdf5(tmp_path / "data.hdf5", arrays), ball)
     assert dataset.starts.tolist() == [0, 5, 20] and dataset.ends.tolist() == [5, 20, 40]
-    assert capfd.readouterr().out == "rows without an end of their episode, dropped: 20\n"
+    output = capfd.readouterr().out
+    assert "rows without an end of their episode, dropped: 20" in output
+    assert re.search("actions beyond the action space, clipped.* 12 of 40 steps", output)
+    arrays["actions"][:12] = [1, -1]
     for key in "observations", "actions", "rewards", "costs":
         np.testing.assert_array_equal(getattr(dataset, key).numpy(), arrays[key][:40])
     sums = [arrays["costs"][a:b].sum() for a, b in ((0, 5), (5, 20), (20, 40))]
@@ -839,16 +780,8 @@ def test_a_data_set_is_cut_into_episodes_at_terminals_and_timeouts(tmp_path, bal
     np.testing.assert_array_equal(spaced, arrays["observations"][[20, 29, 39]])
 
 
-def test_actions_beyond_the_action_space_are_clipped_and_counted(tmp_path, ball, capfd):
-    arrays = small_arrays()
-    arrays["actions"][:12] = [1.5, -7]
-    dataset = prefine.load_dataset(write_hdf5(tmp_path / "data.hdf5", arrays), ball)
-    assert (dataset.actions[:12] == torch.tensor([1, -1])).all()
-    assert "beyond the action space, clipped: of 12 of 60 steps" in capfd.readouterr().out
-
-
 def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other))
+    return all(np.array_equal(a, b) for a, b in zip(one, other))
 
 
 def test_only_the_numbers_that_are_needed_count_whatever_their_shapes_and_types(tmp_path, ball):
@@ -897,14 +830,9 @@ BAD = {  # what is wrong: the sentence, and other flags, or other arrays of the 
     "no labels": ("labels.csv", "--preferences {tmp}/labels.csv"),
     "binary labels": ("data.hdf5: needs the columns", "--preferences {tmp}/data.hdf5"),
     "a typo for scripted": ("no such file; .*scripted", "--dataset scriptd"),
-    "few safe": ("--preferred 4, --disp.* 1: . of 3 episodes cost at most", "--preferred 4"),
     "a run folder in a file": ("data.hdf5", "--run-dir {tmp}/data.hdf5/run"),
     "an empty variable": ("--policy: an empty name", "--policy="),
-    "no task": ("--env: an empty name", "--env="),
     "a mistyped task": ("Did you mean.*OfflineBallCircle", "--env OfflineBalCircle-v0"),
-    "no package": ("nowhere", "--env nowhere:Task-v0"),
-    "discrete actions": ("actions need a flat Box.*Discrete", "--env CartPole-v1"),
-    "discrete states": ("observations need a flat Box.*Discrete", "--env FrozenLake-v1"),
     "no such device": ("--device nonsense: not usable", "--device nonsense"),
     "no controller": ("scripted: Walk-v0 has none; Offline", WALK_5 + "--dataset scripted"),
     "no data of DSRL's": ("--dataset is missing: DSRL has no.*Walk-v0", WALK_5 + "--dataset dsrl"),
@@ -913,7 +841,6 @@ BAD = {  # what is wrong: the sentence, and other flags, or other arrays of the 
     "a negative limit": ("--cost-limit: needs a number from 0", "--cost-limit=-1"),
     "a NaN limit": ("--cost-limit: needs a number from 0", "--cost-limit nan"),
     "a share of 5": ("--finetune-top: needs a number from 0 to 1; f", "--finetune-top 5"),
-    "a word": ("--beta: invalid float value: 'small'", "--beta small"),
     "a mistyped flag": ("unrecognized arguments: --bta 1; --help", "--bta 1"),
 }
 
@@ -990,7 +917,7 @@ def test_dsrl_data_is_downloaded_once_and_what_is_no_data_may_be_deleted(find, b
             prefine.load_dataset(find("/data.hdf5"), ball)
 
 
-@pytest.mark.parametrize("url", ["/missing.hdf5", "http://127.0.0.1:9/data.hdf5", "no url/a.hdf5"])
+@pytest.mark.parametrize("url", ["/missing.hdf5", "http://127.0.0.1:9/data.hdf5"])
 def test_a_failed_download_leaves_nothing_and_names_the_ways_on(url, find, tmp_path):
     sentence = f"{url}: not downloaded: .*--dataset FILE.*--dataset scripted"
     with pytest.raises(prefine.UserError, match=sentence) as caught:
@@ -1000,15 +927,12 @@ def test_a_failed_download_leaves_nothing_and_names_the_ways_on(url, find, tmp_p
 
 
 # -------------------------------------------------------------------------------------- simulators
-def same_episodes(one, other):
-    return all(np.array_equal(a[key], b[key]) for a, b in zip(one, other) for key in a)
-
-
 def test_episodes_depend_on_their_seed_and_not_on_the_number_of_workers(ball):
     seeds, controller = [7, 8, 9, 10], prefine.CONTROLLERS[BALL]
     one, two = (prefine.run_episodes(BALL, controller, seeds, n, "test") for n in (1, 2))
     alone = [prefine.run_episode(BALL, controller, seed) for seed in seeds[::-1]][::-1]
-    assert same_episodes(one, two) and same_episodes(one, alone)
+    for episode, *others in zip(one, two, alone):
+        assert all(equal(episode.values(), other.values()) for other in others)
     assert not np.array_equal(one[0]["rewards"], one[1]["rewards"])
     for episode in one:
         following, steps = episode["next_observations"], len(episode["rewards"])
@@ -1020,7 +944,7 @@ def test_a_car_button_episode_repeats_itself(ball):
     env_id = "OfflineCarButton1Gymnasium-v0"
     controller = prefine.CONTROLLERS[env_id]
     first, second = (prefine.run_episode(env_id, controller, 7) for _ in range(2))
-    assert same_episodes([first], [second]) and len(first["rewards"]) == 1000
+    assert equal(first.values(), second.values()) and len(first["rewards"]) == 1000
     assert first["costs"].sum() > 0 and not first["terminals"].any()
     assert first["rewards"].sum() > 5  # it drives, and finds its goals
 
@@ -1036,7 +960,7 @@ def test_scripted_bullet_episodes_are_safe_and_unsafe_slow_and_fast(env_id, ball
 # ---------------------------------------------------------------------------------- whole runs
 BALL_RUN = """--env OfflineBallCircle --dataset scripted --scripted-episodes 24 --preferred 4
 --dispreferred 3 --hidden 32 --pretrain-updates 300 --finetune-updates 300 --eval-episodes 2
---pretrain-top 0.3 --seed 1"""
+--pretrain-top 0.3 --leave-out 0.3 --seed 1"""
 
 
 @pytest.fixture(scope="session")
@@ -1054,17 +978,14 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def check_metrics(folder, episodes, lacks=()):
+def check_metrics(folder, episodes):
     """The two parts of metrics.json, after a look at their names and numbers."""
     content = metrics(folder)
     assert list(content) == ["title", "pretrained", "finetuned"]
     names = "return_mean cost_mean violation_rate failure_rate returns costs normalized_return "
-    names += "normalized_cost"
     for part in content["pretrained"], content["finetuned"]:
-        assert list(part) == [name for name in names.split() if name not in lacks]
+        assert list(part) == (names + "normalized_cost").split()
         assert len(part["returns"]) == len(part["costs"]) == episodes
-        assert all(np.isfinite(value).all() for value in part.values())
-        assert part["return_mean"] == pytest.approx(np.mean(part["returns"]))
     return content["pretrained"], content["finetuned"]
 
 
@@ -1080,9 +1001,8 @@ def test_a_whole_run_says_what_it_learns_from_and_what_it_found(ball_run):
     folder, output = ball_run
     before, after = check_metrics(folder, episodes=2)
     files = {"config.json", "finetuned.pt", "metrics.json", "pretrained.pt", "report.png"}
-    names = set(os.listdir(folder))
-    assert names - files == {name for name in names if name.startswith("events.out.tfevents")}
-    assert files < names and (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    names = {name for name in os.listdir(folder) if not name.startswith("events.out.tfevents")}
+    assert names == files and (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
     first = output.index("4 preferred, 3 dispreferred of 24 episodes, cost limit 10")
     assert output.index("collecting 24 scripted episodes") < first < output.index("left out")
@@ -1109,28 +1029,37 @@ def same_run(one, other):
         assert same(*(prefine.load_policy(folder / name) for folder in (one, other)))
 
 
-def start(*arguments, **variables):
-    """``prefine.py`` in the background, in a process group of its own."""
-    line = [sys.executable, str(HERE / "prefine.py"), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, env=os.environ | variables, start_new_session=True, **pipes)
+@pytest.fixture
+def start():
+    """Starts ``prefine.py`` in the background, in a process group of its own, open to Ctrl-C."""
+    started = []
+
+    def start(*line, **variables):
+        line = [sys.executable, str(HERE / "prefine.py"), *map(str, line)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options |= {"env": os.environ | variables, "start_new_session": True}
+        options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        started.append(subprocess.Popen(line, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_until(condition, seconds=60, pause=0.02):
-    end = time.monotonic() + seconds
+def wait_until(condition):
+    end = time.monotonic() + 600  # a test that hangs says so; a slow machine is none of its claims
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(pause)
+        time.sleep(0.01)
 
 
-def interrupted_run(folder, data, seed):
+def interrupted_run(start, folder, data, seed):
     """A run interrupted in each stage, and how many files that end a stage each signal found."""
     rng, hit, signals = np.random.default_rng(seed), [], ["SIGKILL", "SIGTERM", "SIGINT"]
     line = [*BALL_RUN.split(), "--workers", 1, "--run-dir", folder]
-
-    def stage():
-        return len([*data.glob("*.hdf5"), *folder.glob("*.pt")])
-
+    stage = lambda: len([*data.glob("*.hdf5"), *folder.glob("*.pt")])  # noqa: E731
     for wanted, longest in (0, 3), (0, 5), (1, 1), (2, 1), (3, 1):  # stages differ in length
         process = start(*line, DSRL_DATASET_DIR=str(data))
         wait_until(lambda p=process, n=wanted: stage() >= n or p.poll() is not None)
@@ -1145,12 +1074,12 @@ def interrupted_run(folder, data, seed):
     return hit
 
 
-def test_10_interruptions_at_random_moments_change_no_number(ball_run, tmp_path):
+def test_10_interruptions_at_random_moments_change_no_number(ball_run, start, tmp_path):
     """In collection, pre-training, fine-tuning and evaluation, by three signals."""
-    jobs = [(tmp_path / f"run{i}", tmp_path / f"data{i}", i) for i in range(2)]
+    jobs = [(start, tmp_path / f"run{i}", tmp_path / f"data{i}", i) for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
         hit = sum(pool.map(interrupted_run, *zip(*jobs)), [])
-    for folder, data, _ in jobs:
+    for _, folder, data, _ in jobs:
         same_run(folder, ball_run[0])
         assert len(list(data.glob("*.hdf5"))) == 1
     assert 0 in hit and max(hit) > 1 and len(hit) > 6  # a few may come just after the end
@@ -1170,54 +1099,36 @@ def processes(leader, text=b""):
 
 @pytest.mark.parametrize("pause", [0, 0.5, 3])
 @pytest.mark.parametrize("victim", ["worker", "main", "Ctrl-C"])
-def test_a_killed_process_is_reported_and_leaves_no_other(victim, pause, ball_run, tmp_path):
+def test_a_killed_process_is_reported_and_leaves_no_other(victim, pause, start, ball_run, tmp_path):
     """Also where a worker has only just been started, so many seconds ago."""
     line = [*BALL_RUN.split(), "--workers", 2, "--eval-episodes", 400, "--finetune-updates", 100]
     process = start(*line, "--run-dir", tmp_path / "run")
-    wait_until(lambda: processes(process.pid, b"LokyProcess"), pause=0.001)
+    wait_until(lambda: processes(process.pid, b"LokyProcess"))
     time.sleep(pause)
     if victim == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     else:
         worker = processes(process.pid, b"LokyProcess")[0]
         os.kill(worker if victim == "worker" else process.pid, signal.SIGKILL)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=600)[1]
     if victim == "worker":
         assert process.returncode == 2
         assert "a worker failed" in error.splitlines()[-1] and "--workers 1" in error
     if victim == "Ctrl-C":
         assert process.returncode == 130 and "Traceback" not in error
         assert "interrupted; the same command goes on" in error
-    wait_until(lambda: not processes(process.pid), 30)
+    wait_until(lambda: not processes(process.pid))
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_two_runs_at_once_in_one_folder_collect_once_and_give_the_same_numbers(ball_run, tmp_path):
-    """And by another number of workers than the first run's."""
+def test_two_runs_at_once_collect_once_and_give_the_same_numbers(ball_run, start, tmp_path):
+    """In one folder, and by another number of workers than the first run's."""
     line = [*BALL_RUN.split(), "--workers", 1, "--run-dir", tmp_path / "run"]
     both = [start(*line, DSRL_DATASET_DIR=str(tmp_path / "data")) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("collecting" in output for output in outputs) == 1
     same_run(tmp_path / "run", ball_run[0])
-
-
-def test_a_full_disk_gives_one_sentence_and_loses_nothing(ball_run, tmp_path):
-    """A limit on the size of files stands in for the disk: writes beyond it fail as there."""
-    folder = tmp_path / "run"
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
-
-    line = [HERE / "prefine.py", *BALL_RUN.split(), "--run-dir", folder]
-    done = command(*line, preexec_fn=limited)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    sentence = f"prefine.py: {folder}/pretrained.pt: not written"
-    assert done.stderr.splitlines()[-1].startswith(sentence)
-    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.part"))
-    assert run(BALL_RUN, "--run-dir", folder) == 0
-    same_run(folder, ball_run[0])
 
 
 @pytest.fixture
@@ -1237,6 +1148,8 @@ def test_a_run_knows_its_flags_and_the_contents_of_its_files(files, ball_run, tm
     line += f" --run-dir {tmp_path / 'run'}"
     assert run(line) == 0
     before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    trained = files["policy"], tmp_path / "run" / "pretrained.pt"  # taken as it is
+    assert same(*(prefine.load_policy(path) for path in trained))
     labels = write_preferences(tmp_path / "labels.csv", [(2, "preferred"), (1, "dispreferred")])
     data = write_hdf5(tmp_path / "data.hdf5", small_arrays() | {"rewards": np.ones(ROWS)})
     others = {"dataset": data, "preferences": labels, "policy": ball_run[0] / "finetuned.pt"}
@@ -1278,11 +1191,6 @@ def test_one_file_by_any_name_is_one_run_and_what_a_power_cut_empties_is_named(
         (folder / name).write_text(content)
 
 
-def test_a_trained_policy_is_taken_instead_of_pretraining(ball_run, tmp_path):
-    assert run(BALL_RUN, "--policy", ball_run[0] / "pretrained.pt", "--run-dir", tmp_path) == 0
-    same_run(tmp_path, ball_run[0])
-
-
 def test_a_run_in_safety_gymnasium_by_labels_of_a_person_needs_no_costs(tmp_path, capfd, ball):
     env = "OfflineSwimmerVelocityGymnasium-v1"
     path = record(tmp_path / "swimmer.hdf5", env, 6)
@@ -1294,8 +1202,7 @@ def test_a_run_in_safety_gymnasium_by_labels_of_a_person_needs_no_costs(tmp_path
     line += " --pretrain-updates 200 --finetune-updates 200 --eval-episodes 2 --workers 2"
     assert run(line, "--run-dir", tmp_path / "run") == 0
     assert "3 preferred, 3 dispreferred of 6 episodes" in capfd.readouterr().out
-    check_metrics(tmp_path / "run", episodes=2)
-    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "report.png").exists() and check_metrics(tmp_path / "run", 2)
 
 
 # ---------------------------------------------------------------------- the command line, the table
@@ -1330,26 +1237,21 @@ def test_a_table_has_a_row_for_each_task_data_method_and_set_of_changed_flags(tm
     names |= {"labels": {"preferences": "ef56" * 16}, "many": {"beta": 2.0, "hidden": [8]}}
     for i, (name, config) in enumerate(names.items()):
         for seed in range(3 if name == "default" else 1):
-            numbers = (200.0 + seed, 50.0), (100.0 + 10 * i + 2 * seed, 1.0 + i)
+            numbers = (200 + seed, 50), (100 + 10 * i + 2 * seed, 1 + i)
             fake_run(tmp_path / f"{name}{seed}", {"seed": seed} | config, *numbers)
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "config.json").write_text("{}")
-    assert run("--summary", tmp_path) == 0
-    rows = table(capfd.readouterr().out)
-    assert len(rows) == len(names) and len(rows[0]) == 7
-    title = f"{BALL}, data, cost limit 10, data ab12"
-    found = {row["method"]: row for row in rows if row["task, data"] == title}
-    (labels,) = (name for name in found if name.startswith("prefine --preferences ef56"))
-    methods = {"prefine", "prefine --beta 5.0", "dpo", labels}
-    assert set(found) == methods | {"prefine --beta 2.0 --hidden [8]"}
-    default, beta = found["prefine"], found["prefine --beta 5.0"]
-    assert default["seeds"] == "3" and beta["seeds"] == "1"
-    assert default["return, before → after"] == "201 ± 0.8165 → 102 ± 1.633"
-    assert beta["return, before → after"] == "200 → 110"
-    assert default["cost, before → after"] == "50 ± 0 → 1 ± 0"
-    assert beta["over the limit"] == "100% → 0%" and beta["ended early"] == "25% → 25%"
     assert run("--summary", tmp_path / "unfinished") == 2
     assert "no metrics.json" in capfd.readouterr().err
+    assert run("--summary", tmp_path) == 0
+    rows = [list(row.values()) for row in table(capfd.readouterr().out)]
+    title = f"{BALL}, data, cost limit 10, data ab12"
+    found = {method: numbers for task, method, *numbers in rows if task == title}
+    (labels,) = (name for name in found if name.startswith("prefine --preferences ef56"))
+    methods = {"prefine", "prefine --beta 5.0", "prefine --beta 2.0 --hidden [8]", "dpo", labels}
+    assert set(found) == methods and len(rows) == len(names)
+    expected = ["3", "201 ± 0.8165 → 102 ± 1.633", "50 ± 0 → 1 ± 0"]
+    assert found["prefine"] == [*expected, "100% ± 0% → 0% ± 0%", "25% ± 0% → 25% ± 0%"]
+    assert found["prefine --beta 5.0"] == ["1", "200 → 110", "50 → 2", "100% → 0%", "25% → 25%"]
 
 
 # ------------------------------------------------------------------------- run_all.sh and README
@@ -1384,10 +1286,10 @@ def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run
     assert done.returncode == 0, done.stderr
     (made,) = (here / "runs").glob("OfflineBallCircle-v0__prefine__1__*")
     same_run(made, ball_run[0])
-    done = run_all("-j", "2", ONLY="OfflineBallCircle.*--method prefine", SEEDS="-1")
-    assert done.returncode == 2 and "failed, see runs/logs" in done.stderr
-    done = run_all("-j", "2", ONLY="no such flag")
-    assert done.returncode == 2 and "no experiment's flags match" in done.stderr
+    failures = {"OfflineBallCircle.*--method prefine": "failed, see", "no such": "no experiment's"}
+    for only, sentence in failures.items():
+        done = run_all("-j", "2", ONLY=only, SEEDS="-1")
+        assert done.returncode == 2 and sentence in done.stderr
     done = run_all("-j", "2", ONLY="halfcheetah.*--method prefine")  # its file is not here
     assert done.returncode == 0 and "skipped: the experiments on files of" in done.stderr
     for arguments in (["-j", "x"], ["nonsense"]):
@@ -1436,16 +1338,16 @@ def test_the_readmes_own_environment_makes_its_data_and_is_made_safe(tmp_path, b
     (code,) = (code for language, code in blocks if language == "python")
     (name,) = re.findall(r"Save this as `(\w+\.py)`", text)
     (tmp_path / name).write_text(code)
-    commands = f"python {name}\n" + "".join(
-        code for language, code in blocks if language != "python"
-    )
-    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    line = ["bash", "-ec", commands]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=os.environ | path)
+    lines = f"python {name}\n" + "".join(code for language, code in blocks if language != "python")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": env}
+    done = subprocess.run(["bash", "-ec", lines], **options)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    after = metrics(folder)["finetuned"]
-    assert after["violation_rate"] < metrics(folder)["pretrained"]["violation_rate"]
+    before, after = (
+        metrics(folder)[name]["violation_rate"] for name in ("pretrained", "finetuned")
+    )
+    assert after < before
 
 
 # -------------------------------------------------------------------------------- the speed figures
@@ -1516,12 +1418,9 @@ def import_osrl():
     """OSRL's algorithms, from the folder .osrl, without the logger that it imports."""
     sys.path.insert(0, str(HERE / ".osrl"))  # run_all.sh has put it there
     quiet = type("DummyLogger", (), {"store": lambda self, **values: None})
-    for name, parts in {
-        "fsrl": {},
-        "fsrl.utils": {"DummyLogger": quiet, "WandbLogger": quiet},
-    }.items():
+    for name in "fsrl", "fsrl.utils":
         sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(parts)
+    vars(sys.modules["fsrl.utils"]).update(DummyLogger=quiet, WandbLogger=quiet)
     from osrl import algorithms
 
     return algorithms
@@ -1544,12 +1443,9 @@ def osrl(task="OfflineBallCircle", bc_updates=100_000, cpq_updates=2_000):
 
     def play(name, spent, act):
         """One line of the table, with the results of 20 simulated episodes."""
-        episodes = prefine.run_episodes(
-            args.env, lambda env, seed: act, range(1_000_000, 1_000_020), 1, name
-        )
-        score, cost = (
-            np.mean([run[key].sum() for run in episodes]) for key in ("rewards", "costs")
-        )
+        seeds = range(1_000_000, 1_000_020)
+        runs = prefine.run_episodes(args.env, lambda env, seed: act, seeds, 1, name)
+        score, cost = (np.mean([run[key].sum() for run in runs]) for key in ("rewards", "costs"))
         print(f"| {name} | {spent} | {score:.0f} | {cost:.1f} |", flush=True)
 
     def act_by(policy):
@@ -1579,13 +1475,11 @@ def osrl(task="OfflineBallCircle", bc_updates=100_000, cpq_updates=2_000):
     trainer = algorithms.BCTrainer(model, env, actor_lr=1e-3)
     is_safe = torch.from_numpy(costs <= limit).repeat_interleave(data.ends - data.starts)
     rows = is_safe.nonzero()[:, 0]
-    train(
-        "OSRL BC-Safe",
-        lambda i: trainer.train_one_step(data.observations[i], data.actions[i]),
-        rows,
-        bc_updates,
-        model.act,
-    )
+
+    def imitate(i):
+        trainer.train_one_step(data.observations[i], data.actions[i])
+
+    train("OSRL BC-Safe", imitate, rows, bc_updates, model.act)
     shape = {"a_hidden_sizes": [256, 256], "c_hidden_sizes": [256, 256], "vae_hidden_sizes": 400}
     shape |= {"sample_action_num": 10, "beta": 0.5, "num_q": 2, "num_qc": 2, "episode_len": steps}
     model = algorithms.CPQ(*size, **shape)
