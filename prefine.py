@@ -692,8 +692,9 @@ def check_box(name, space, values=None):
         is_right = space.is_bounded() and (space.low < space.high).all()
     needs = "need a flat Box, of actions with finite bounds, low < high"
     require(is_right, f"{name} {needs}; found {brief(space)}; Gymnasium has wrappers.")
-    width = space.shape[0] if values is None else values.shape[1]
-    require(width == space.shape[0], f"{name} are {width} wide in the data, and need {space.shape}")
+    wide = space.shape[0]
+    found = wide if values is None else values.shape[1]
+    require(found == wide, f"{name} are {found} wide in the data, {wide} here.")
 
 
 def find_cost_limit(env, given=None):
@@ -929,7 +930,8 @@ def run(args):
         writer.add_scalar(f"evaluation/{name}", before[name], 0)
         writer.add_scalar(f"evaluation/{name}", after[name], 1)
     writer.close()
-    title = f"{args.env}, {data.stem}, {limit}"
+    source = "scripted" if args.dataset == "scripted" else data.name
+    title = f"{args.env}, {source}, {limit}"
     points["pre-trained policy"] = before["costs"], before["returns"]
     points["fine-tuned policy"] = after["costs"], after["returns"]
     draw_report(folder / "report.png", f"{title}, seed {args.seed}", args.cost_limit, points)
