@@ -47,6 +47,7 @@ import pickle
 import re
 import signal
 import sys
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -522,8 +523,9 @@ def run_episodes(env, make_controller, seeds, workers, title):
         with joblib.parallel_config("loky", inner_max_num_threads=1, **options):
             parallel = joblib.Parallel(min(workers, len(jobs)), return_as="generator")
             # Workers inherit that Ctrl-C is blocked: it ends this process, and that ends them. The
-            # tracker's start would unblock it, so that comes first.
+            # trackers' start would unblock it, so that comes first.
             joblib.externals.loky.backend.resource_tracker.ensure_running()
+            resource_tracker.ensure_running()
             signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 results = parallel(jobs)

@@ -110,7 +110,7 @@ class Own(torch.nn.Module):
 
 
 SMALL = "--hidden 16 --batch-size 32 --pretrain-top 0.5 "
-TRAIN = SMALL + "--pretrain-updates 100 --finetune-updates 100 "
+TRAIN = SMALL + "--pretrain-updates 40 --finetune-updates 40 "
 
 
 def small_arrays():
@@ -302,7 +302,7 @@ def toy_optimum(text):
     dataset = prefine.make_dataset(zeros[:, None], actions[:, None], zeros, zeros, last)
     policy = Own(1, 1)
     torch.nn.init.zeros_(policy.layer.bias)
-    text += " --leave-out 0 --finetune-lr 0.05 --finetune-updates 400 --batch-size 512"
+    text += " --leave-out 0 --finetune-lr 0.05 --finetune-updates 300 --batch-size 512"
     labels = {"preferred": [0], "dispreferred": [1]}
     mean, std = prefine.finetune(policy, dataset, labels, flags(text))(torch.zeros(1, 1))
     return mean.item(), std.item()
@@ -482,7 +482,7 @@ def test_pretraining_imitates_the_best_episodes_by_return():
     dataset = toy_dataset(episodes=10, steps=100)
     for episode in (2, 4):  # the others go left, or are worse
         dataset.rewards[dataset.starts[episode] : dataset.ends[episode]] = 9
-    text = "--hidden 16 --pretrain-top 0.2 --pretrain-updates 500 --pretrain-lr 0.01"
+    text = "--hidden 16 --pretrain-top 0.2 --pretrain-updates 300 --pretrain-lr 0.01"
     mean, std = prefine.pretrain(dataset, BOX_SPACE, flags(text))(dataset.steps([2, 4])[0])
     torch.testing.assert_close(mean.mean(0), torch.full((2,), 0.5), atol=0.08, rtol=0)
     torch.testing.assert_close(std.mean(0), torch.full((2,), 0.22), atol=0.05, rtol=0)
@@ -541,8 +541,8 @@ def test_only_dpo_learns_from_a_dispreferred_step(method):
 @fast
 def test_training_repeats_bit_for_bit_whatever_the_costs_and_depends_on_the_seed():
     dataset, policy = toy_dataset(), toy_policy()
-    others, runs = (dataset.costs.flip(0), dataset.costs * math.nan, None, None), []
-    for costs, seed in zip((dataset.costs, *others), (5, 5, 5, 5, 6)):
+    runs = []
+    for costs, seed in (dataset.costs, 5), (dataset.costs * math.nan, 5), (None, 5), (None, 6):
         data, args = dataset._replace(costs=costs), flags(f"{TRAIN} --seed {seed}")
         pretrained = prefine.pretrain(data, BOX_SPACE, args)
         runs.append((pretrained, prefine.finetune(policy, data, LABELS, args)))
