@@ -365,7 +365,7 @@ def choose_preferred(dataset, preferences, leave_out):
     shares = dispreferred_shares(dataset, chosen, np.append(dispreferred, left_out))
     chosen = np.sort(chosen[shares <= max(0.4, np.median(shares))])
     left_out = np.setdiff1d(preferred, chosen)
-    print(f"left out, as they look dispreferred: episodes {', '.join(map(str, left_out))}")
+    print(f"left out, as they look dispreferred, episodes: {', '.join(map(str, left_out))}")
     return chosen
 
 
@@ -533,8 +533,9 @@ def run_episodes(env, make_controller, seeds, workers, title):
                 signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             return list(tqdm(results, title, len(jobs), disable=None))
     except joblib.externals.loky.BrokenProcessPool as error:
-        why = f"a worker failed: {brief(error.__cause__ or error)}"
-        raise UserError(f"{title}: {why}; --workers 1 does all in this process.") from None
+        why = str(error.__cause__ or error).strip(' "\n').splitlines()[-1]  # of its traceback
+        advice = "--workers 1 does all in this process"
+        raise UserError(f"{title}: a worker failed: {brief(why)}; {advice}.") from None
 
 
 def end_with_parent(parent):
@@ -803,14 +804,14 @@ def print_table(folder):
         try:
             config = json.loads(path.with_name("config.json").read_text())
             metrics = json.loads(path.read_text())
-        except (OSError, ValueError) as error:  # as of a file that a power cut emptied
+            title = f"{metrics['title']}, data {config['dataset'][:4]}"
+        except (OSError, ValueError, LookupError) as error:  # emptied by a power cut, or older
             print(f"left out: {path} or its config.json is damaged: {error}", file=sys.stderr)
             continue
         method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
         for flag in sorted(preset.keys() - {"env", "seed", "dataset", "cost_limit"}):
             if flag in config and config[flag] != preset[flag]:
                 method += f" --{flag.replace('_', '-')} {config[flag]}"
-        title = f"{metrics['title']}, data {config['dataset'][:4]}"
         rows.setdefault((title, method), {})[config["seed"]] = metrics
     require(rows, f"{folder}: no metrics.json that can be read; each finished run has one.")
     print("\n| task, data | method | seeds | return, before → after | cost |", end=" ")
