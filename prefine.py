@@ -229,7 +229,7 @@ def copy_policy(policy, dataset):
         return policy
     except DAMAGE as error:
         needs = (
-            "policy needs buffers low and high [A], bounds of the actions, and to return the tuple"
+            "policy needs buffers low and high [A], the actions' bounds, and to return the tuple"
         )
         needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
         found = f"{brief(error)}; one that was just trained, save it and load it first"
@@ -411,17 +411,18 @@ def finetune(policy, dataset, preferences, args, writer=None):
     preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: of parse_args().
     Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
     preferences = check_preferences(preferences, len(dataset.ends))
-    reference, policy = copy_policy(policy, dataset), copy_policy(policy, dataset)
+    policy = copy_policy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # What is learned from, and what the reference policy would do there, computed once.
+    # What is learned from, and what the reference policy would do there: of a copy, as a result may
+    # be a view of parameters.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
     best = best_by_return(dataset, preferred, number)
     observations, actions = dataset.steps([*best, *preferences["dispreferred"]], device)
     preferred_steps = (dataset.ends - dataset.starts)[best].sum().item()  # they come first
     with torch.no_grad():
-        reference_mean, reference_std = reference(observations)
+        reference_mean, reference_std = copy.deepcopy(policy)(observations)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     options = {"size": (args.batch_size,), "generator": generator, "device": device}
