@@ -152,12 +152,8 @@ def gaussian_log_prob(mean, std, actions, low, high):
     mass that is clipped to it; actions beyond are clipped too. Infinite bounds leave a Gaussian."""
     z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
-    # The mass is Phi(z). Its logarithm below 0 is written with erfcx, as log_ndtr's gradient is
-    # wrong in float32 where std is small.
-    z = torch.where(actions >= high, -z, z)
-    below = z.clamp(max=0)
-    log_tail = torch.log(torch.special.erfcx(below / -math.sqrt(2)) / 2) - 0.5 * below**2
-    log_mass = torch.where(z < 0, log_tail, torch.special.log_ndtr(z.clamp(min=0)))
+    z = torch.where(actions >= high, -z, z)  # the mass is Phi(z)
+    log_mass = torch.special.log_ndtr(z.double()).float()  # in float32 its gradient is wrong
     inside = (actions > low) & (actions < high)
     return torch.where(inside, log_density, log_mass).sum(-1)
 
