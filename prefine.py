@@ -146,10 +146,9 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------- policy
 def gaussian_log_prob(mean, std, actions, low, high):
-    """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A].
-
-    Inside it is the normal log-density; on a bound, where many actions are, the logarithm of the
-    mass that is clipped to it; actions beyond are clipped too. Infinite bounds leave a Gaussian."""
+    """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A]:
+    inside the normal log-density, on a bound, where many actions are, the logarithm of the mass
+    that is clipped to it. Actions beyond are clipped too. Infinite bounds leave a Gaussian."""
     z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     z = torch.where(actions >= high, -z, z)  # the mass is Phi(z)
@@ -224,9 +223,7 @@ def copy_policy(policy, dataset):
         require(is_right, f"it returned {brief(found)}")
         return policy
     except DAMAGE as error:
-        needs = (
-            "policy needs buffers low and high [A], the actions' bounds, and to return the tuple"
-        )
+        needs = "policy needs buffers low and high [A], the actions' bounds, and to return a tuple"
         needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
         found = f"{brief(error)}; one that was just trained, save it and load it first"
         raise UserError(f"{needs}; found, on these data: {found}.") from None
@@ -246,12 +243,10 @@ def pretrain(dataset, space, args, writer=None):
     scale = torch.where(scale < 1e-6, 1.0, scale)  # a constant observation tells nothing
     torch.manual_seed(args.seed)
     policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden).to(args.device)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    options = {"size": (args.batch_size,), "generator": generator, "device": args.device}
     optimizer = torch.optim.Adam(policy.parameters(), args.pretrain_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.pretrain_updates)
     for update in tqdm(range(args.pretrain_updates), "pre-training", disable=None):
-        batch = torch.randint(len(actions), **options)
+        batch = torch.randint(len(actions), (args.batch_size,), device=args.device)
         mean, std = policy(observations[batch])
         log_prob = gaussian_log_prob(mean, std, actions[batch], policy.low, policy.high)
         loss = -log_prob.mean()
@@ -290,15 +285,15 @@ def read_preferences(path, episodes):
     require(is_right, f"{path}: needs the columns episode and label; found {reader.fieldnames}.")
     for row in reader:
         episode, label = row["episode"], row["label"]
-        where = f"{path}, line {reader.line_num}: found '{episode}', '{label}'; needs"
-        if label:
-            is_right = episode.isdecimal() and int(episode) < episodes
-            require(is_right, f"{where} an episode from 0 to {episodes - 1}.")
-            require(label in preferences, f"{where} the label preferred or dispreferred.")
-            is_right = int(episode) not in preferences["preferred"] + preferences["dispreferred"]
-            require(is_right, f"{where} an episode without a label above.")
-            preferences[label].append(int(episode))
-        skipped += not label
+        if not label:
+            skipped += 1
+            continue
+        is_right = episode.isdecimal() and int(episode) < episodes and label in preferences
+        is_right = is_right and int(episode) not in sum(preferences.values(), [])
+        needs = f"0 to {episodes - 1}, each once, and the label preferred or dispreferred"
+        found = f"found '{episode}', '{label}'; needs an episode from {needs}"
+        require(is_right, f"{path}, line {reader.line_num}: {found}.")
+        preferences[label].append(int(episode))
     if skipped:
         print(f"{path}: rows without a label, skipped: {skipped}")
     return check_preferences(preferences, episodes)
@@ -373,10 +368,9 @@ def best_by_return(dataset, episodes, number):
 
 
 # ----------------------------------------------------------- counterfactuals, log-ratios, the loss
-def sample_actions(mean, std, low, high, generator):
+def sample_actions(mean, std, low, high):
     """Actions [..., A] sampled from a clipped Gaussian. No gradient flows through a sample."""
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    return torch.clamp(mean + std * noise, low, high).detach()
+    return torch.normal(mean, std).clamp(low, high).detach()
 
 
 def log_ratio(gaussian, reference_gaussian, actions, low, high):
@@ -420,8 +414,8 @@ def finetune(policy, dataset, preferences, args, writer=None):
     with torch.no_grad():
         reference_mean, reference_std = copy.deepcopy(policy)(observations)
 
-    generator = torch.Generator(device).manual_seed(args.seed)
-    options = {"size": (args.batch_size,), "generator": generator, "device": device}
+    torch.manual_seed(args.seed)
+    options = {"size": (args.batch_size,), "device": device}
     optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.finetune_updates)
     for update in tqdm(range(args.finetune_updates), "fine-tuning", disable=None):
@@ -434,7 +428,7 @@ def finetune(policy, dataset, preferences, args, writer=None):
         pair = actions[batch]
         if args.loser != "dispreferred":  # the loser: what a policy would do in the same state
             source = gaussian if args.loser == "policy" else reference_gaussian
-            pair = torch.stack([pair, sample_actions(*source, low, high, generator)])
+            pair = torch.stack([pair, sample_actions(*source, low, high)])
         h = log_ratio(gaussian, reference_gaussian, pair, low, high)
         h_winner, h_loser = h.view(2, -1)
         loss = preference_loss(h_winner, h_loser, args.beta).mean()
