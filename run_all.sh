@@ -39,21 +39,21 @@ METHODS=(prefine weighted-imitation imitation dpo)
 
 # How much each choice matters, on three unlike data sets and two seeds.
 SENSITIVITY=(
-  "--beta 0.03"
+  "--beta 0"
   "--beta 0.3"
   "--beta 1"
   "--loser reference"
   "--leave-out 0"
-  "--leave-out 0.3"
-  "--finetune-top 0.1"
-  "--finetune-top 0.4"
+  "--leave-out 0.2"
+  "--finetune-top 0.05"
+  "--finetune-top 0.2"
   "--preferred 10 --dispreferred 10"
   "--preferred 40 --dispreferred 10"
   "--preferred 10 --dispreferred 40"
-  "--pretrain-updates 10000"
-  "--finetune-updates 10000"
-  "--finetune-lr 5e-4"
-  "--finetune-lr 2e-3"
+  "--pretrain-updates 5000"
+  "--finetune-updates 5000"
+  "--finetune-lr 1e-3"
+  "--finetune-lr 4e-3"
 )
 SENSITIVITY_DATA=("${DATA[0]}" "${DATA[5]}" "${DATA[9]}") # BallCircle, noisy CarRun, HalfCheetah
 

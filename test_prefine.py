@@ -1358,7 +1358,7 @@ def seconds(work, *arguments):
     return time.perf_counter() - start
 
 
-def bare_updates(count=1000):
+def bare_updates(count=2500):
     """A bare forward, backward and fused-Adam step of the default policy, so many times."""
     policy = prefine.GaussianPolicy([-1] * 2, [1] * 2, *np.ones((2, 88)))
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)
@@ -1385,7 +1385,7 @@ def bench(episodes):
     """Print the speed figures: ratios of two things measured in turn, medians of several."""
     car, arrays = "OfflineCarButton1Gymnasium-v0", car_button_arrays(episodes)
 
-    def show(name, first, second, repeats=5):
+    def show(name, first, second, repeats=3):
         ratios = [seconds(first) / seconds(second) for _ in range(repeats)]
         print(f"| {name} | {statistics.median(ratios):.2f} |", flush=True)
 
@@ -1397,11 +1397,11 @@ def bench(episodes):
     with tempfile.TemporaryDirectory() as folder:
         path, env = write_hdf5(Path(folder) / "data.hdf5", arrays), prefine.make_env(car)
         load = functools.partial(prefine.load_dataset, path, env)
-        show("loading to h5py's reading", load, lambda: read(path), 3)
+        show("loading to h5py's reading", load, lambda: read(path))
     data = prefine.make_dataset(**{name: values[:80_000] for name, values in arrays.items()})
     policy = prefine.GaussianPolicy(*BOX, np.zeros(88), np.ones(88))
     pairs = {"preferred": list(range(40)), "dispreferred": list(range(40, 80))}
-    args = flags("--pretrain-updates 1000 --finetune-updates 1000")
+    args = flags("")
     pretrain = functools.partial(prefine.pretrain, data, BOX_SPACE, args)
     show("a pre-training update to a bare one", pretrain, bare_updates)
     finetune = functools.partial(prefine.finetune, policy, data, pairs, args)
@@ -1412,7 +1412,7 @@ def bench(episodes):
             prefine.evaluate(policy, car, episodes=12, workers=workers)
 
         evaluate(2)  # starts the workers
-        show("evaluation by one process to by two", lambda: evaluate(1), lambda: evaluate(2), 3)
+        show("evaluation by one process to by two", lambda: evaluate(1), lambda: evaluate(2))
 
 
 def import_osrl():
