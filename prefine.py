@@ -16,21 +16,21 @@
     python prefine.py --env OfflineBallCircle --dataset scripted   # data made here
 
 A policy pi_ref is trained for reward alone; a few trajectories are called preferred (safe), a few
-dispreferred. In a state s of a preferred trajectory a is the action taken, and its counterfactual
-c ~ pi(.|s) what the policy that is being trained would do; no gradient flows through the sample.
-With the log-ratio h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning minimises
+dispreferred. In a state s of a preferred trajectory, a is the action that was taken; its
+counterfactual c ~ pi(.|s) is what the policy that is being trained would do, held fixed in the
+update. With the log-ratio h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning descends
 
     E[ -log sigmoid(beta (h(s, a) - h(s, c))) / beta ]
 
-over steps of the preferred trajectories of high return. Its gradient is
--E[ sigmoid(-beta (h(s, a) - h(s, c))) (grad log pi(a|s) - grad log pi(c|s)) ]. It has two halves:
+over steps of the preferred trajectories of high return. The gradient is
+-E[ sigmoid(-beta (h(s, a) - h(s, c))) (grad log pi(a|s) - grad log pi(c|s)) ]. Two halves add up:
 
     -E[ h(s, a) - h(s, c) ] / 2                              imitates: E_c grad log pi(c|s) = 0
-    E[ log(2 cosh(beta (h(s, a) - h(s, c)) / 2)) ] / beta    retains: least where h is constant
+    E[ log(2 cosh(beta (h(s, a) - h(s, c)) / 2)) ] / beta    retains: least at pi = pi_ref
 
-As beta -> 0 the policy tends to the preferred behaviour, as beta grows to the reference policy.
-Dispreferred trajectories choose which of the preferred count, see choose_preferred(); by default
-no step of theirs enters the loss. The method is the loop in finetune(), run() its summary.
+Small beta leads to the preferred behaviour, large beta keeps the reference policy. Dispreferred
+trajectories choose which of the preferred count, see choose_preferred(); by default no step of
+theirs enters the loss. The method is the loop in finetune(); run() is its summary.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def parse_args(argv=None):
 
     add("--finetune-updates", 2500, "updates of the fine-tuning")
     add("--finetune-lr", 2e-3, "Adam's learning rate; cosine decay to 0")
-    add("--beta", 0.1, "0 imitates the preferred; larger stays nearer the reference")
+    add("--beta", 0.1, "0 imitates what is preferred; larger keeps more of the reference")
     add("--loser", "policy", "what is contrasted with a preferred step", choices=LOSERS)
     add("--leave-out", 0.1, "share of the preferred that look most dispreferred")
     add("--finetune-top", 0.1, "share of the preferred, the best by return, to learn from")
@@ -139,8 +139,10 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         flag, highest = f"--{name.replace('_', '-')}", 1 if name in SHARES else 1e9
         require(value != "", f"{flag}: an empty name; is a variable of the shell not set?")
-        is_right = isinstance(value, str | list | None) or 0 <= value <= highest  # not NaN
-        require(is_right, f"{flag}: needs a number from 0 to {highest:g}; found {value}.")
+        for number in value if isinstance(value, list) else [value]:
+            lowest = 1 if isinstance(number, int) and name != "seed" else 0
+            is_right = isinstance(number, str | None) or lowest <= number <= highest  # not NaN
+            require(is_right, f"{flag}: needs {lowest} to {highest:g}; found {number}.")
     return args
 
 
@@ -162,7 +164,7 @@ class GaussianPolicy(nn.Module):
 
     low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O]."""
 
-    # In halves of the action range; below, single steps would decide the likelihood.
+    # Of log(std / half the range of actions); with a smaller std single steps decide the loss.
     LOG_STD_BOUNDS = -1.5, 0.5
 
     def __init__(self, low, high, mean, std, hidden=(256, 256)):
@@ -225,8 +227,9 @@ def copy_policy(policy, dataset):
     except DAMAGE as error:
         needs = "policy needs buffers low and high [A], the actions' bounds, and to return a tuple"
         needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
-        found = f"{brief(error)}; one that was just trained, save it and load it first"
-        raise UserError(f"{needs}; found, on these data: {found}.") from None
+        needs += f"; with these data A is {dataset.actions.shape[1]}"
+        advice = "; save it and load it first" if "deepcopy" in str(error) else ""
+        raise UserError(f"{needs}; found: {brief(error)}{advice}.") from None
 
 
 # ----------------------------------------------------------------------------------- pre-training
@@ -334,7 +337,7 @@ def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
         others = torch.cat([*trajectories[:i], *trajectories[i + 1 :], bad])
         nearest = torch.cdist(trajectory, others).argmin(1)
         is_dispreferred = nearest >= len(others) - len(bad)
-        shares.append(is_dispreferred.float().mean().item())
+        shares.append(is_dispreferred.double().mean().item())
     return np.array(shares)
 
 
@@ -342,7 +345,7 @@ def choose_preferred(dataset, preferences, leave_out):
     """The preferred trajectories that count; prints which are left out. First look: a share
     ``leave_out`` of them, those with most steps nearest to a dispreferred one. Second look: with
     these counted as dispreferred, those with over 40 % of such steps, at most half of the rest.
-    Wrong labels vouch for one another; few pass both looks."""
+    Wrong ones lie close together, so that the first look misses some."""
     preferred, dispreferred = preferences["preferred"], preferences["dispreferred"]
     shares = dispreferred_shares(dataset, preferred, dispreferred)
     if np.median(shares) > 0.4:
@@ -404,8 +407,8 @@ def finetune(policy, dataset, preferences, args, writer=None):
     policy = copy_policy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # What is learned from, and what the reference policy would do there: of a copy, as a result may
-    # be a view of parameters.
+    # The steps that are learned from, and pi_ref there: of a copy, as its outputs may be views of
+    # parameters. Dispreferred ones are for --loser dispreferred alone.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
     best = best_by_return(dataset, preferred, number)
@@ -425,11 +428,11 @@ def finetune(policy, dataset, preferences, args, writer=None):
             batch = torch.cat([batch, torch.randint(preferred_steps, len(actions), **options)])
         gaussian = policy(observations[batch])
         reference_gaussian = reference_mean[batch], reference_std[batch]
-        pair = actions[batch]
+        compared = actions[batch]  # winners, then losers
         if args.loser != "dispreferred":  # the loser: what a policy would do in the same state
             source = gaussian if args.loser == "policy" else reference_gaussian
-            pair = torch.stack([pair, sample_actions(*source, low, high)])
-        h = log_ratio(gaussian, reference_gaussian, pair, low, high)
+            compared = torch.stack([compared, sample_actions(*source, low, high)])
+        h = log_ratio(gaussian, reference_gaussian, compared, low, high)
         h_winner, h_loser = h.view(2, -1)
         loss = preference_loss(h_winner, h_loser, args.beta).mean()
         require(loss.isfinite(), "the loss is not finite; try a lower learning rate.")
@@ -452,7 +455,8 @@ def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title
     on normalised ones, pass a function that makes the wrapped environment, or the numbers mean
     nothing. env: DSRL's name of a task, an id of Gymnasium, or such a function; the cost is
     info["cost"]. cost_limit: None is DSRL's. One worker is this process."""
-    require(episodes >= 1 and workers >= 1, "evaluate() needs an episode and a worker at least.")
+    is_right = isinstance(policy, nn.Module) and episodes >= 1 and workers >= 1
+    require(is_right, "evaluate() needs a torch Module, and an episode and a worker at least.")
     simulator, policy = make_env(env), policy.eval()
     limit = find_cost_limit(simulator, cost_limit)
     shape = (1, *simulator.action_space.shape)
@@ -796,10 +800,10 @@ def print_table(folder):
             config = json.loads(path.with_name("config.json").read_text())
             metrics = json.loads(path.read_text())
             title = f"{metrics['title']}, data {config['dataset'][:4]}"
-        except (OSError, ValueError, LookupError) as error:  # emptied by a power cut, or older
+            method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
+        except DAMAGE as error:  # emptied by a power cut, or of another version
             print(f"left out: {path} or its config.json is damaged: {error}", file=sys.stderr)
             continue
-        method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
         for flag in sorted(preset.keys() - {"env", "seed", "dataset", "cost_limit"}):
             if flag in config and config[flag] != preset[flag]:
                 method += f" --{flag.replace('_', '-')} {config[flag]}"

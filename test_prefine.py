@@ -620,7 +620,7 @@ def test_a_policy_works_or_one_sentence_says_what_is_needed(kind, walks):
     def evaluate(policy):
         return prefine.evaluate(policy, walks.Walk, episodes=2, cost_limit=5)["returns"]
 
-    needs = r"policy needs buffers low and high.*tuple \(mean, std\).*; found, .*\.$"
+    needs = r"policy needs buffers low and high.*tuple \(mean, std\).*; found: .*\.$"
     shape = r"policy needs to return a finite mean \(1, 2\); found .*\.$"
     for work, can, sentence in (finetune, can_finetune, needs), (evaluate, can_evaluate, shape):
         if can:
@@ -630,7 +630,8 @@ def test_a_policy_works_or_one_sentence_says_what_is_needed(kind, walks):
             with pytest.raises(prefine.UserError, match=sentence) as caught:
                 work(make())
             assert "\n" not in str(caught.value)
-            assert kind != "a result kept within" or "save it and load it" in str(caught.value)
+            is_kept = kind == "a result kept within" and work is finetune
+            assert ("save it and load it" in str(caught.value)) == is_kept
 
 
 class Constant(torch.nn.Module):
@@ -717,9 +718,10 @@ def test_other_wrong_calls_get_a_sentence(walks):
         prefine.evaluate(policy, walks.Walk(), cost_limit=5)
     with pytest.raises(prefine.UserError, match="cost_limit=.* is missing"):
         prefine.evaluate(policy, walks.Walk)
-    for options in {"episodes": 0}, {"workers": 0}, {"episodes": -1}:
-        with pytest.raises(prefine.UserError, match="needs an episode and a worker at least"):
-            prefine.evaluate(policy, walks.Walk, cost_limit=5, **options)
+    needs = "needs a torch Module, and an episode and a worker at least"
+    for options in {"episodes": 0}, {"workers": 0}, {"policy": torch.square}:
+        with pytest.raises(prefine.UserError, match=needs):
+            prefine.evaluate(**{"policy": policy, "env": walks.Walk, "cost_limit": 5} | options)
 
 
 def test_a_whole_run_in_an_environment_of_ones_own_package(walks, tmp_path, capfd):
@@ -838,10 +840,12 @@ BAD = {  # what is wrong: the sentence, and other flags, or other arrays of the 
     "no controller": ("scripted: Walk-v0 has none; Offline", WALK_5 + "--dataset scripted"),
     "no data of DSRL's": ("--dataset is missing: DSRL has no.*Walk-v0", WALK_5 + "--dataset dsrl"),
     "no limit": ("--cost-limit .*is missing: .*Walk", "--env walks:Walk-v0"),
-    "0 preferred": ("no trajectory is preferred", "--preferred 0"),
-    "a negative limit": ("--cost-limit: needs a number from 0", "--cost-limit=-1"),
-    "a NaN limit": ("--cost-limit: needs a number from 0", "--cost-limit nan"),
-    "a share of 5": ("--finetune-top: needs a number from 0 to 1; f", "--finetune-top 5"),
+    "0 preferred": ("--preferred: needs 1 to", "--preferred 0"),
+    "a negative limit": ("--cost-limit: needs 0 to", "--cost-limit=-1"),
+    "a NaN limit": ("--cost-limit: needs 0 to", "--cost-limit nan"),
+    "no workers": ("--workers: needs 1 to 1e.09; found 0", "--workers 0"),
+    "no hidden unit": ("--hidden: needs 1 to 1e.09; found 0", "--hidden 8 0"),
+    "a share of 5": ("--finetune-top: needs 0 to 1; f", "--finetune-top 5"),
     "a mistyped flag": ("unrecognized arguments: --bta 1; --help", "--bta 1"),
 }
 
@@ -1240,11 +1244,15 @@ def test_a_table_has_a_row_for_each_task_data_method_and_set_of_changed_flags(tm
         for seed in range(3 if name == "default" else 1):
             numbers = (200 + seed, 50), (100 + 10 * i + 2 * seed, 1 + i)
             fake_run(tmp_path / f"{name}{seed}", {"seed": seed} | config, *numbers)
+    fake_run(tmp_path / "older", {}, (1, 1), (1, 1))
+    (tmp_path / "older" / "config.json").write_text('{"method": "older", "dataset": "ab"}')
     (tmp_path / "unfinished").mkdir()
     assert run("--summary", tmp_path / "unfinished") == 2
     assert "no metrics.json" in capfd.readouterr().err
     assert run("--summary", tmp_path) == 0
-    rows = [list(row.values()) for row in table(capfd.readouterr().out)]
+    output, error = capfd.readouterr()
+    assert re.fullmatch("left out: .*older.metrics.json or .*\n", error)
+    rows = [list(row.values()) for row in table(output)]
     title = f"{BALL}, data, cost limit 10, data ab12"
     found = {method: numbers for task, method, *numbers in rows if task == title}
     (labels,) = (name for name in found if name.startswith("prefine --preferences ef56"))
