@@ -211,7 +211,7 @@ def load_policy(path, env_id=None, advice="pass another file"):
         raise UserError(f"{needs}; found {brief(error)}; {advice}.") from None
 
 
-def copy_policy(policy, dataset):
+def checked_copy(policy, dataset):
     """A copy in evaluation mode, where dropout is off and batch statistics stand still. UserError
     unless it keeps the contract of finetune() on steps of the dataset."""
     try:
@@ -399,12 +399,13 @@ def finetune(policy, dataset, preferences, args, writer=None):
 
     policy: any module from observations [B, O] to the tuple (mean, std), each [B, A], of a
     Gaussian, with buffers ``low`` and ``high`` [A] that bound the actions (infinite: a plain
-    Gaussian). Parameters that need no gradient stay as they are. dataset: observations as the
-    policy takes them, normalised if it was trained so; a GaussianPolicy takes them raw.
-    preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: of parse_args().
-    Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
+    Gaussian). Parameters that need no gradient stay as they are. dataset: a Dataset, with the
+    observations as the policy takes them, normalised if it was trained so; a GaussianPolicy takes
+    them raw. preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: leave_out,
+    finetune_top, seed, batch_size, finetune_lr, finetune_updates, loser, beta, as parse_args() has
+    them. Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
     preferences = check_preferences(preferences, len(dataset.ends))
-    policy = copy_policy(policy, dataset)
+    policy = checked_copy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
     # The steps that are learned from, and pi_ref there: of a copy, as its outputs may be views of
