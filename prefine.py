@@ -601,7 +601,7 @@ def load_dataset(path, env, with_costs=True):
     try:
         with h5py.File(path) as file:
             for name in needed:
-                advice = "README converts Minari's; without costs, pass --preferences"
+                advice = "README has the format; without costs, pass --preferences"
                 require(isinstance(file.get(name), h5py.Dataset), f"no array '{name}'; {advice}")
                 settings = file[name].id.get_create_plist()
                 filters = [settings.get_filter(i) for i in range(settings.get_nfilters())]

@@ -818,7 +818,7 @@ def write_blosc(path):
 
 WALK_5 = "--env walks:Walk-v0 --cost-limit 5 "
 BAD = {  # what is wrong: the sentence, and other flags, or other arrays of the data set
-    "Minari's": ("no array 'observations'.*converts Minari's", {"observations": None}),
+    "Minari's": ("no array 'observations'.*README has the format", {"observations": None}),
     "no costs": ("no array 'costs'.*--preferences", {"costs": None}),
     "text": ("'rewards' must be numbers", {"rewards": [b"1.0"] * ROWS}),
     "NaN": ("'observations' has.*no finite", {"observations": np.full((ROWS, 8), math.nan)}),
@@ -1320,12 +1320,6 @@ def test_every_flag_that_the_readme_names_exists():
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) <= known, line
 
 
-def test_the_readmes_example_by_hand_is_right():
-    (code,) = [code for language, code in readme_section("The method")[1] if language == "python"]
-    expected, done = re.findall(r"# prints (.*)", code), command("-", input=code, cwd=HERE)
-    assert expected and done.stdout.splitlines() == expected, done.stderr
-
-
 def test_the_readmes_python_example_ends_in_its_printed_result(tmp_path, ball):
     """From a folder beside the clone, as a script on standard input."""
     (clone := tmp_path / "prefine").mkdir()
@@ -1435,7 +1429,7 @@ def import_osrl():
     return algorithms
 
 
-def osrl(task="OfflineBallCircle", bc_updates=100_000, cpq_updates=2_000):
+def osrl(task="OfflineBallCircle", bc_updates=20_000, cpq_updates=2_000):
     """PREFINE's fine-tuning beside OSRL's BC-Safe and CPQ: seconds, return, cost. One thread.
 
     The settings are those of OSRL's examples/configs. Batches are drawn in one indexing, which is
