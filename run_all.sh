@@ -224,8 +224,8 @@ case ${1:-} in
     setup
     if [ "${2:-}" = --osrl ] && [ ! -d .osrl ]; then
       find_uv
-      "$UV" pip install -q --no-deps --python .venv/bin/python --target .osrl osrl-lib==0.1.0 ||
-        fail "uv could not install osrl-lib 0.1.0 into .osrl, see above."
+      "$UV" pip install -q --no-deps --python .venv/bin/python --target .osrl osrl-lib==0.1.0 scipy==1.13.1 ||
+        fail "uv could not install osrl-lib and scipy into .osrl, see above."
     fi
     exec .venv/bin/python test_prefine.py bench "${@:2}"
     ;;
