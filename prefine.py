@@ -304,8 +304,7 @@ def read_preferences(path, episodes):
 
 
 def check_preferences(preferences, episodes):
-    """Labels as arrays {"preferred": [P], "dispreferred": [D]}. UserError unless they are different
-    indices of the episodes, some of each."""
+    """Labels as arrays; UserError unless they are different indices of the episodes, some each."""
     checked = {}
     is_right = isinstance(preferences, dict)
     require(is_right, 'labels need {"preferred": [...], "dispreferred": [...]}, of episodes.')
@@ -325,8 +324,8 @@ def check_preferences(preferences, episodes):
 def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
     """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one, as
     many do where a label is wrong, or was luck (editing by nearest neighbours: Wilson 1972). A step
-    is its state and action, in standard deviations; some ``points`` steps of either label are
-    compared, and none with its own trajectory."""
+    is its state and action, in standard deviations; some ``points`` of either label are compared,
+    and none with its own trajectory."""
     size = math.ceil(points / len(preferred))  # of a preferred trajectory
     good = torch.cat(dataset.steps(preferred, points=size), 1)
     size_bad = math.ceil(points / len(dispreferred))
@@ -402,16 +401,15 @@ def finetune(policy, dataset, preferences, args, writer=None):
     policy: any module from observations [B, O] to the tuple (mean, std), each [B, A], of a
     Gaussian, with buffers ``low`` and ``high`` [A] that bound the actions (infinite: a plain
     Gaussian). Parameters that need no gradient stay as they are. dataset: a Dataset, with the
-    observations as the policy takes them, normalised if it was trained so; a GaussianPolicy takes
-    them raw. preferences: episode indices {"preferred": [P], "dispreferred": [D]}. args: leave_out,
-    finetune_top, seed, batch_size, finetune_lr, finetune_updates, loser, beta, as parse_args() has
-    them. Returns the aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
+    observations as the policy takes them; a GaussianPolicy takes them raw. preferences: episode
+    indices {"preferred": [P], "dispreferred": [D]}. args: leave_out, finetune_top, seed,
+    batch_size, finetune_lr, finetune_updates, loser, beta, as parse_args() has them. Returns the
+    aligned copy, in evaluation mode. torch.set_num_threads(1) is fastest."""
     preferences = check_preferences(preferences, len(dataset.ends))
     policy = checked_copy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # The steps that are learned from, and pi_ref there: of a copy, as its outputs may be views of
-    # parameters.
+    # The steps to learn from, and pi_ref there: of a copy, as outputs may be views of weights.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
     episodes = best_by_return(dataset, preferred, number)
@@ -529,8 +527,8 @@ def run_episodes(env, make_controller, seeds, workers, title):
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, **options):
             parallel = joblib.Parallel(min(workers, len(jobs)), return_as="generator")
-            # Workers inherit that Ctrl-C is blocked: it ends this process, and that ends them. The
-            # trackers' start would unblock it, so that comes first.
+            # Workers inherit that Ctrl-C is blocked: it ends this process, and that ends them.
+            # The trackers' start would unblock it, so that comes first.
             joblib.externals.loky.backend.resource_tracker.ensure_running()
             resource_tracker.ensure_running()
             signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -612,16 +610,17 @@ def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None
 def load_dataset(path, env, with_costs=True):
     """Read what is needed of a file in DSRL's format; never next_observations."""
     arrays = {}
-    needed = [name for name in KEYS[:-1] if with_costs or name != "costs"]
+    names = [name for name in KEYS[:-1] if with_costs or name != "costs"]
     try:
         with h5py.File(path) as file:
-            for name in needed:
+            for name in names:
                 advice = "README has the format; without costs, pass --preferences"
                 require(isinstance(file.get(name), h5py.Dataset), f"no array '{name}'; {advice}")
                 settings = file[name].id.get_create_plist()
-                filters = [settings.get_filter(i) for i in range(settings.get_nfilters())]
-                missing = [each for each in filters if not h5py.h5z.filter_avail(each[0])]
-                require(not missing, f"'{name}' needs the filter {missing}, see hdf5plugin on PyPI")
+                for i in range(settings.get_nfilters()):
+                    needed = settings.get_filter(i)
+                    is_here = h5py.h5z.filter_avail(needed[0])
+                    require(is_here, f"'{name}' needs the filter {needed}, see hdf5plugin on PyPI")
                 arrays[name] = file[name][()]
         dataset = make_dataset(**arrays)
         check_box("observations", env.observation_space, dataset.observations)
@@ -685,8 +684,8 @@ def import_simulators():
 def make_env(env):
     """A new environment of an id of Gymnasium, where ``package:Env-v0`` imports the package first
     and DSRL's ids may lack their end, of a specification, or of a function that makes one."""
-    is_right = not isinstance(env, gymnasium.Env)
-    require(is_right, "env must be an id or a function that makes an environment, not an object.")
+    is_object = isinstance(env, gymnasium.Env)
+    require(not is_object, "env must be an id, or a function that makes one, not an environment.")
     # Bullet redirects Python's own streams, which notebooks replace.
     with mock.patch.multiple(sys, stdout=sys.__stdout__, stderr=sys.__stderr__):
         import_simulators()
@@ -771,10 +770,14 @@ def bullet_controller(env, seed):
 
 def car_button_controller(env, seed):
     """Face the goal; turn from what lies ahead, and brake (Braitenberg, Vehicles, 1984). Half of
-    the drivers are reckless and mind no danger."""
+    the drivers are reckless and mind no danger but other buttons."""
     rng = np.random.default_rng(seed)
+    caution = rng.uniform(1, 2)
+    speed = rng.uniform(0.7, 0.9)
     noise = rng.uniform(0.3, 0.7)
-    caution = rng.uniform(1, 2) if rng.uniform() < 0.5 else 0
+    if rng.uniform() < 0.5:
+        caution = 0
+        speed = 1
     angles = (np.arange(16) + 0.5) * np.pi / 8 + np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
     ahead = np.clip(bins[:, 0], 0, 1) ** 2
@@ -789,13 +792,14 @@ def car_button_controller(env, seed):
         drive += 0.3 * seen["velocimeter"][1]
         for name, metres in clearance.items():
             lidar = seen[f"{name}_lidar"]  # 1 at the object, 0 from 3 m on
+            weight = caution
             if name == "buttons":  # one of them is the goal
-                lidar = np.where(lidar > seen["goal_lidar"] + 0.03, lidar, 0)
-            distance = 3 * (1 - lidar)
-            danger = caution * np.exp(-np.maximum(distance - metres, 0) / 0.3)
+                weight = 1.2 * np.clip(20 * (lidar - seen["goal_lidar"]), 0, 1)
+            distance = np.maximum(3 * (1 - lidar) - metres, 0)
+            danger = weight * np.exp(-distance / 0.3)
             drive -= danger @ ahead
             turn -= danger @ side
-        forward = 1.3 * drive
+        forward = 1.5 * speed * drive
         steer = np.clip(3 * turn, -1, 1)
         return [forward + steer, forward - steer] + rng.normal(0, noise, 2)
 
@@ -908,11 +912,13 @@ def run(args):
     require(is_right, f"--device {args.device}: not usable here; cpu is.")
     torch.set_num_threads(1)  # more are slower for such small networks
     env = make_env(args.env)
-    args.env, args.cost_limit = env.spec.id, find_cost_limit(env, args.cost_limit)
+    args.env = env.spec.id
+    args.cost_limit = find_cost_limit(env, args.cost_limit)
     given = load_policy(args.policy, args.env) if args.policy else None
     data = find_dataset(args, env)
     dataset = load_dataset(data, env, with_costs=not args.preferences)
-    returns, points = dataset.sums(dataset.rewards), {}
+    returns = dataset.sums(dataset.rewards)
+    points = {}  # of the picture
     if args.preferences:
         preferences = read_preferences(args.preferences, len(returns))
     else:
@@ -936,7 +942,8 @@ def run(args):
     writer = SummaryWriter(folder)
     path = folder / "pretrained.pt"
     policy = stage(path, args, lambda: given or pretrain(dataset, env.action_space, args, writer))
-    path, policy = folder / "finetuned.pt", policy.to(args.device)
+    policy.to(args.device)
+    path = folder / "finetuned.pt"
     aligned = stage(path, args, lambda: finetune(policy, dataset, preferences, args, writer))
 
     options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers

