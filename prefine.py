@@ -684,8 +684,8 @@ def import_simulators():
 def make_env(env):
     """A new environment of an id of Gymnasium, where ``package:Env-v0`` imports the package first
     and DSRL's ids may lack their end, of a specification, or of a function that makes one."""
-    is_object = isinstance(env, gymnasium.Env)
-    require(not is_object, "env must be an id, or a function that makes one, not an environment.")
+    is_right = not isinstance(env, gymnasium.Env)
+    require(is_right, "env must be an id or a function that makes an environment, not an object.")
     # Bullet redirects Python's own streams, which notebooks replace.
     with mock.patch.multiple(sys, stdout=sys.__stdout__, stderr=sys.__stderr__):
         import_simulators()
