@@ -506,7 +506,7 @@ def run_episode(env, make_controller, seed):
     space = env.action_space
     act = make_controller(env, seed)
     steps, terminal, timeout = [], False, False
-    with mock.patch.object(mujoco.MjModel, "from_xml_string", load_without_textures):
+    with without_textures():
         observation, _ = env.reset(seed=seed)
         while not (terminal or timeout):
             action = np.clip(act(observation), space.low, space.high).astype(space.dtype)
@@ -719,10 +719,16 @@ def find_cost_limit(env, given=None):
     return 20.0 if "Gymnasium" in env.spec.id else 10.0
 
 
-def load_without_textures(xml, assets=None, load=mujoco.MjModel.from_xml_string):
-    """MuJoCo's loading, but for pictures of sky and floor, which take seconds at each reset."""
-    xml = re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml)
-    return load(xml, assets)
+@contextlib.contextmanager
+def without_textures():
+    """Keep MuJoCo from loading pictures of sky and floor, for seconds, at each reset."""
+    load = mujoco.MjModel.from_xml_string
+
+    def load_plain(xml, *args):
+        return load(re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml), *args)
+
+    with mock.patch.object(mujoco.MjModel, "from_xml_string", load_plain):
+        yield
 
 
 def collect(env_id, episodes, workers, path):
