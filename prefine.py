@@ -168,8 +168,7 @@ class GaussianPolicy(nn.Module):
 
     def __init__(self, low, high, mean, std, hidden=(256, 256)):
         super().__init__()
-        layers = []
-        size = len(mean)
+        layers, size = [], len(mean)
         for width in hidden:
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
@@ -311,10 +310,9 @@ def check_preferences(preferences, episodes):
     for label in ("preferred", "dispreferred"):
         indices = np.asarray(preferences.get(label, []))
         require(indices.size, f"no trajectory is {label}; both labels are needed.")
-        is_right = indices.dtype.kind in "iu" and indices.ndim == 1
-        is_right = is_right and np.isin(indices, range(episodes)).all()
+        is_right = indices.dtype.kind in "iu" and np.isin(indices, range(episodes)).all()
         needs = f"'{label}' needs indices from 0 to {episodes - 1}, as np.flatnonzero() makes"
-        require(is_right, f"{needs}; found {brief(indices)}.")
+        require(is_right and indices.ndim == 1, f"{needs}; found {brief(indices)}.")
         checked[label] = indices.astype(np.int64)
     labelled = np.concatenate(list(checked.values()), axis=None)
     require(len(np.unique(labelled)) == len(labelled), "an episode is labelled twice.")
@@ -782,8 +780,7 @@ def car_button_controller(env, seed):
     speed = rng.uniform(0.7, 0.9)
     noise = rng.uniform(0.3, 0.7)
     if rng.uniform() < 0.5:
-        caution = 0
-        speed = 1
+        caution, speed = 0, 1
     angles = (np.arange(16) + 0.5) * np.pi / 8 + np.pi / 2  # the car drives along its -y axis
     bins = np.stack([np.cos(angles), np.sin(angles)], 1)  # of the lidars: [16, (ahead, left)]
     ahead = np.clip(bins[:, 0], 0, 1) ** 2
