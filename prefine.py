@@ -20,15 +20,15 @@ update. With the log-ratio h(s, a) = log pi(a|s) - log pi_ref(a|s), fine-tuning 
 
     E[ -log sigmoid(beta (h(s, a) - h(s, c))) / beta ]
 
-over steps of the preferred trajectories of high return. The gradient is
--E[ sigmoid(-beta (h(s, a) - h(s, c))) (grad log pi(a|s) - grad log pi(c|s)) ]. Two halves add up:
+over steps of the preferred trajectories of high return. Its gradient, with c a constant, is
+-E[ sigmoid(-beta (h(s, a) - h(s, c))) (grad log pi(a|s) - grad log pi(c|s)) ]. Its two halves:
 
     -E[ h(s, a) - h(s, c) ] / 2                              imitates: E_c grad log pi(c|s) = 0
     E[ log(2 cosh(beta (h(s, a) - h(s, c)) / 2)) ] / beta    retains: least at pi = pi_ref
 
 Small beta leads to the preferred behaviour, large beta keeps the reference policy. Dispreferred
 trajectories choose which of the preferred count, see choose_preferred(); by default no step of
-theirs enters the loss. The method is the loop in finetune(); run() is its summary.
+theirs enters the loss. The method is the loop in finetune(); run() is the program.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def parse_args(argv=None):
 
     add("--env", None, "DSRL's name of a task, or an id of Gymnasium, such as package:Env-v0")
     add("--method", "prefine", "preset of the flags of fine-tuning", choices=METHODS)
-    add("--seed", 0, "seed of everything random")
+    add("--seed", 0, "seed of labels, training and evaluation")
     add("--device", "cpu", "torch device to train on: cpu, cuda, cuda:1")
     add("--workers", len(os.sched_getaffinity(0)), "parallel simulators")
     add("--run-dir", None, "folder of the results; else in runs/, by flags")
@@ -114,21 +114,20 @@ def parse_args(argv=None):
     add("--cost-limit", None, "highest safe cost of an episode; DSRL's tasks have one", float)
     add("--preferred", 40, "safe episodes to call preferred")
     add("--dispreferred", 40, "unsafe episodes to call dispreferred")
-    add("--preferences", None, "labels instead, a CSV file; then no cost is read")
+    add("--preferences", None, "labels instead, a CSV file; then costs of the data are not read")
     add("--policy", None, "checkpoint of a trained policy to start from")
     add("--hidden", [256, 256], "sizes of hidden layers", int, nargs="+")
-    add("--batch-size", 256, "steps per update, here and in fine-tuning")
+    add("--batch-size", 256, "steps per update")
     add("--pretrain-updates", 2500, "updates of the pre-training")
     add("--pretrain-top", 0.2, "share of episodes, by return, to imitate")
     add("--pretrain-lr", 2e-3, "Adam's learning rate; cosine decay to 0")
-
     add("--finetune-updates", 2500, "updates of the fine-tuning")
     add("--finetune-lr", 2e-3, "Adam's learning rate; cosine decay to 0")
     add("--beta", 0.1, "0 imitates what is preferred; larger keeps more of the reference")
     add("--loser", "policy", "what is contrasted with a preferred step", choices=LOSERS)
     add("--leave-out", 0.1, "share of the preferred that look most dispreferred")
     add("--finetune-top", 0.1, "share of the preferred, the best by return, to learn from")
-    add("--eval-episodes", 20, "simulated episodes, before and after")
+    add("--eval-episodes", 20, "simulated episodes of each policy")
 
     argv = None if argv is None else [str(argument) for argument in argv]
     parser.set_defaults(**METHODS[parser.parse_args(argv).method])
@@ -146,16 +145,15 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------- policy
 def gaussian_log_prob(mean, std, actions, low, high):
-    """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A]:
-    inside the normal log-density, on a bound, where many actions are, the logarithm of the mass
-    that is clipped to it. Actions beyond are clipped too. Infinite bounds leave a Gaussian."""
+    """Log-probability [...] of actions [..., A] under a Gaussian clipped to [low, high], each [A].
+    Between the bounds: the normal log-density. On a bound, where many actions are: the log of the
+    mass that is clipped to it. Actions beyond are clipped too. Infinite bounds leave a Gaussian."""
     z = (actions.clamp(low, high) - mean) / std
     log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
-    z = torch.where(actions >= high, -z, z)  # the mass is Phi(z)
-    log_mass = torch.special.log_ndtr(z.double())  # in float32 its gradient is wrong
+    tail = torch.where(actions >= high, -z, z)  # the mass is Phi(tail)
+    log_mass = torch.special.log_ndtr(tail.double())  # in float32 its gradient is wrong
     is_inside = (actions > low) & (actions < high)
-    log_prob = torch.where(is_inside, log_density, log_mass.float())
-    return log_prob.sum(-1)
+    return torch.where(is_inside, log_density, log_mass.float()).sum(-1)
 
 
 class GaussianPolicy(nn.Module):
@@ -179,12 +177,13 @@ class GaussianPolicy(nn.Module):
     def forward(self, observations):
         """Mean and standard deviation [..., A], before clipping, from observations [..., O]."""
         normalised = (observations - self.mean) / self.std
-        mean, log_std = self.net(normalised).chunk(2, -1)
+        raw_mean, raw_std = self.net(normalised).chunk(2, -1)
         middle = (self.high + self.low) / 2
         half_range = (self.high - self.low) / 2
+        mean = middle + half_range * torch.tanh(raw_mean)
         lowest, highest = self.LOG_STD_BOUNDS
-        log_std = lowest + (highest - lowest) * torch.sigmoid(log_std)
-        return middle + half_range * torch.tanh(mean), half_range * log_std.exp()
+        log_std = lowest + (highest - lowest) * torch.sigmoid(raw_std)
+        return mean, half_range * log_std.exp()
 
 
 def save_policy(path, env_id, policy):
@@ -274,8 +273,7 @@ def draw_preferences(costs, limit, preferred, dispreferred, seed):
     is_right = preferred <= len(safe) and dispreferred <= len(unsafe)
     found = f"{len(safe)} of {len(costs)} episodes cost at most {limit:g}, see --cost-limit"
     require(is_right, f"--preferred {preferred}, --dispreferred {dispreferred}: {found}.")
-    preferences = {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
-    return check_preferences(preferences, len(costs))
+    return {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
 
 
 def read_preferences(path, episodes):
@@ -303,10 +301,9 @@ def read_preferences(path, episodes):
 
 
 def check_preferences(preferences, episodes):
-    """Labels as arrays; UserError unless they are different indices of the episodes, some each."""
+    """Labels as arrays; UserError unless they are different indices of episodes, of each label."""
+    require(isinstance(preferences, dict), 'labels need {"preferred": [], "dispreferred": []}.')
     checked = {}
-    is_right = isinstance(preferences, dict)
-    require(is_right, 'labels need {"preferred": [...], "dispreferred": [...]}, of episodes.')
     for label in ("preferred", "dispreferred"):
         indices = np.asarray(preferences.get(label, []))
         require(indices.size, f"no trajectory is {label}; both labels are needed.")
@@ -314,7 +311,7 @@ def check_preferences(preferences, episodes):
         needs = f"'{label}' needs indices from 0 to {episodes - 1}, as np.flatnonzero() makes"
         require(is_right and indices.ndim == 1, f"{needs}; found {brief(indices)}.")
         checked[label] = indices.astype(np.int64)
-    labelled = np.concatenate(list(checked.values()), axis=None)
+    labelled = np.concatenate(list(checked.values()))
     require(len(np.unique(labelled)) == len(labelled), "an episode is labelled twice.")
     return checked
 
@@ -322,15 +319,14 @@ def check_preferences(preferences, episodes):
 def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
     """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one, as
     many do where a label is wrong, or was luck (editing by nearest neighbours: Wilson 1972). A step
-    is its state and action, in standard deviations; some ``points`` of either label are compared,
-    and none with its own trajectory."""
+    is its state and action, in standard deviations; some ``points`` steps of each label are
+    compared, none with its own trajectory."""
     size = math.ceil(points / len(preferred))  # of a preferred trajectory
     good = torch.cat(dataset.steps(preferred, points=size), 1)
     size_bad = math.ceil(points / len(dispreferred))
     bad = torch.cat(dataset.steps(dispreferred, points=size_bad), 1)
     both = torch.cat([good, bad])
-    centred = both - both.mean(0)  # as distances are in float32
-    both = centred / (both.std(0) + 1e-6)
+    both = (both - both.mean(0)) / (both.std(0) + 1e-6)  # centred, as distances are in float32
     distances = torch.cdist(both[: len(good)], both)
     for start in range(0, len(good), size):
         own = slice(start, start + size)
@@ -383,8 +379,8 @@ def log_ratio(gaussian, reference_gaussian, actions, low, high):
 
 
 def preference_loss(h_winner, h_loser, beta):
-    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7) over beta, of two
-    log-ratios; for beta 0 its limit, but for a constant. The slope is -1/2 at a tie, whatever
+    """DPO's loss of "the winner is preferred" (Rafailov et al. 2023, eq. 7), divided by beta, of
+    two log-ratios; for beta 0 its limit, but for a constant. The slope is -1/2 at a tie, whatever
     beta, and fades once the winner leads by a few times 1 / beta nats."""
     lead = h_winner - h_loser
     if beta == 0:
@@ -407,7 +403,7 @@ def finetune(policy, dataset, preferences, args, writer=None):
     policy = checked_copy(policy, dataset)
     low, high, device = policy.low, policy.high, policy.low.device
 
-    # The steps to learn from, and pi_ref there: of a copy, as outputs may be views of weights.
+    # The steps to learn from, and pi_ref there, copied, as a policy may return views of weights.
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
     episodes = best_by_return(dataset, preferred, number)
@@ -417,24 +413,24 @@ def finetune(policy, dataset, preferences, args, writer=None):
         episodes = [*episodes, *preferences["dispreferred"]]
     observations, actions = dataset.steps(episodes, device)
     with torch.no_grad():
-        reference_mean, reference_std = copy.deepcopy(policy)(observations)
+        reference = torch.stack(policy(observations))
 
     torch.manual_seed(args.seed)
     options = {"size": (args.batch_size,), "device": device}
     optimizer = torch.optim.Adam(policy.parameters(), args.finetune_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.finetune_updates)
     for update in tqdm(range(args.finetune_updates), "fine-tuning", disable=None):
-        # The winner is what was done in a preferred trajectory.
         batch = torch.randint(preferred_steps, **options)
-        if args.loser == "dispreferred":  # the loser: what was done in another state
+        if args.loser == "dispreferred":  # what was done in other states
             batch = torch.cat([batch, torch.randint(preferred_steps, len(actions), **options)])
         gaussian = policy(observations[batch])
-        reference_gaussian = reference_mean[batch], reference_std[batch]
-        compared = actions[batch]  # winners, then losers
-        if args.loser != "dispreferred":  # the loser: what a policy would do in the same state
-            source = gaussian if args.loser == "policy" else reference_gaussian
-            compared = torch.stack([compared, sample_actions(*source, low, high)])
-        h = log_ratio(gaussian, reference_gaussian, compared, low, high)
+        reference_gaussian = reference[:, batch]
+        winners_losers = actions[batch]
+        if args.loser != "dispreferred":  # counterfactuals, in the same states
+            source = {"policy": gaussian, "reference": reference_gaussian}[args.loser]
+            counterfactuals = sample_actions(*source, low, high)
+            winners_losers = torch.stack([winners_losers, counterfactuals])
+        h = log_ratio(gaussian, reference_gaussian, winners_losers, low, high)
         h_winner, h_loser = h.view(2, -1)
         loss = preference_loss(h_winner, h_loser, args.beta).mean()
         require(loss.isfinite(), "the loss is not finite; try a lower learning rate.")
@@ -497,8 +493,8 @@ KEYS = ["observations", "actions", "rewards", "costs", "terminals", "timeouts", 
 
 
 def run_episode(env, make_controller, seed):
-    """Simulate one episode: float32 arrays [T, ...] by the names of DSRL's files. The function
-    make_controller(env, seed) makes maps an observation to an action."""
+    """Simulate one episode: float32 arrays [T, ...] by the names of DSRL's files.
+    make_controller(env, seed) returns a function from an observation to an action."""
     np.random.seed(seed)  # Bullet tasks draw their start state from NumPy's global generator
     env = make_env(env)
     space = env.action_space
@@ -510,8 +506,8 @@ def run_episode(env, make_controller, seed):
             action = np.clip(act(observation), space.low, space.high).astype(space.dtype)
             following, reward, terminal, timeout, info = env.step(action)
             require("cost" in info, "the environment gives no cost: step() must set info['cost'].")
-            cost, is_end = info["cost"], terminal and not timeout
-            steps.append((observation, action, reward, cost, is_end, timeout, following))
+            cost, is_terminal = info["cost"], terminal and not timeout
+            steps.append((observation, action, reward, cost, is_terminal, timeout, following))
             observation = following
     env.close()
     columns = [np.asarray(column, np.float32) for column in zip(*steps)]
@@ -740,7 +736,7 @@ def collect(env_id, episodes, workers, path):
         file.attrs["source"] = "scripted controllers of prefine.py: not DSRL data"
 
 
-# Who changes a controller deletes the file that it has made: its name tells the task alone.
+# Who changes a controller deletes the file that it made: its name does not show the change.
 def bullet_controller(env, seed):
     """Follow a circle whose |x| is clipped at a wall, or a lane, as drawn anew for each episode."""
     rng = np.random.default_rng(seed)
@@ -979,7 +975,7 @@ def main(argv=None):
         print(f"prefine.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prefine.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print("prefine.py: interrupted; the same command goes on at this stage", file=sys.stderr)
         return 130
     return 0
 
