@@ -214,12 +214,12 @@ def checked_copy(policy, dataset):
     try:
         with torch.no_grad():  # or the tensors of TorchScript's copy could not be trained
             policy = copy.deepcopy(policy).eval()
-        mean, std = found = policy(dataset.observations[:8].to(policy.low.device))
-        is_right = isinstance(found, tuple) and mean.dtype == std.dtype == torch.float32
+        mean, std = output = policy(dataset.observations[:8].to(policy.low.device))
+        is_right = isinstance(output, tuple) and mean.dtype == std.dtype == torch.float32
         is_right &= mean.shape == std.shape == dataset.actions[:8].shape and mean.requires_grad
         is_right &= policy.low.shape == policy.high.shape == mean[0].shape
         is_right &= bool((mean + std).isfinite().all() and std.min() > 0)
-        require(is_right, f"it returned {brief(found)}")
+        require(is_right, f"it returned {brief(output)}")
         return policy
     except DAMAGE as error:
         needs = "policy needs buffers low and high [A], the actions' bounds, and to return a tuple"
@@ -578,10 +578,10 @@ def make_dataset(observations, actions, rewards, terminals, timeouts, costs=None
     rows = len(observations)
     for name, values in arrays.items():
         values = np.asarray(values)
-        width = 2 if name in ("observations", "actions") else 1
-        if values.shape == (rows, 1) and width == 1:
+        dimensions = 2 if name in ("observations", "actions") else 1
+        if values.shape == (rows, 1) and dimensions == 1:
             values = values[:, 0]
-        is_right = values.dtype.kind in "fiub" and values.ndim == width
+        is_right = values.dtype.kind in "fiub" and values.ndim == dimensions
         is_right = is_right and len(values) == rows > 0
         found = f"found {values.dtype} {values.shape}, of {rows} observations"
         require(is_right, f"'{name}' must be numbers, a row a step; {found}.")
@@ -932,9 +932,9 @@ def run(args):
     if (folder / "metrics.json").exists():
         print(f"{folder} is complete; delete it to run again")
         return print_table(folder)
-    limit = f"cost limit {args.cost_limit:g}"
+    limit_text = f"cost limit {args.cost_limit:g}"
     labels = ", ".join(f"{len(indices)} {label}" for label, indices in preferences.items())
-    print(f"{labels} of {len(returns)} episodes, {limit}")
+    print(f"{labels} of {len(returns)} episodes, {limit_text}")
 
     from torch.utils.tensorboard import SummaryWriter
 
@@ -948,12 +948,12 @@ def run(args):
     options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
     before = evaluate(policy.cpu(), *options, "evaluating pre-trained")
     after = evaluate(aligned, *options, "evaluating fine-tuned")
-    for update, metrics in enumerate([before, after]):
-        writer.add_scalar("evaluation/return_mean", metrics["return_mean"], update)
-        writer.add_scalar("evaluation/cost_mean", metrics["cost_mean"], update)
+    for stage_number, metrics in enumerate([before, after]):
+        writer.add_scalar("evaluation/return_mean", metrics["return_mean"], stage_number)
+        writer.add_scalar("evaluation/cost_mean", metrics["cost_mean"], stage_number)
     writer.close()
     source = "scripted" if args.dataset == "scripted" else data.name
-    title = f"{args.env}, {source}, {limit}"
+    title = f"{args.env}, {source}, {limit_text}"
     points["pre-trained policy"] = before["costs"], before["returns"]
     points["fine-tuned policy"] = after["costs"], after["returns"]
     draw_report(folder / "report.png", f"{title}, seed {args.seed}", args.cost_limit, points)
@@ -961,7 +961,7 @@ def run(args):
     with written(folder / "metrics.json") as part:  # the last: now the run is complete
         part.write_text(json.dumps(metrics, indent=2))
     print_table(folder)
-    change = f"cost {before['cost_mean']:.4g} → {after['cost_mean']:.4g}, {limit}"
+    change = f"cost {before['cost_mean']:.4g} → {after['cost_mean']:.4g}, {limit_text}"
     change += f"; return {before['return_mean']:.4g} → {after['return_mean']:.4g}"
     print(f"\n{change}; picture: {folder / 'report.png'}")
 

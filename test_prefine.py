@@ -1272,8 +1272,8 @@ def test_run_all_works_in_a_folder_with_a_space_and_a_quote_in_its_name(ball_run
     python = here / ".venv" / "bin" / "python"  # set-up is taken as done, with this Python
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    functions = "eval \"$(grep -E '^(metadata|TOOLS|sum)' run_all.sh)\" && "
-    stamp = functions + 'echo "$(sum) 3.11" > .venv/stamp && '
+    functions = "eval \"$(grep -E '^(metadata|TOOLS|checksum)' run_all.sh)\" && "
+    stamp = functions + 'echo "$(checksum) 3.11" > .venv/stamp && '
     small = BALL_RUN.replace("\n", " ")
 
     def run_all(*arguments, **variables):
