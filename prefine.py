@@ -713,16 +713,14 @@ def find_cost_limit(env, given=None):
     return 20.0 if "Gymnasium" in env.spec.id else 10.0
 
 
-@contextlib.contextmanager
 def without_textures():
-    """Keep MuJoCo from loading pictures of sky and floor, for seconds, at each reset."""
+    """In this context MuJoCo loads no pictures of sky and floor, which take seconds at a reset."""
     load = mujoco.MjModel.from_xml_string
 
     def load_plain(xml, *args):
         return load(re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml), *args)
 
-    with mock.patch.object(mujoco.MjModel, "from_xml_string", load_plain):
-        yield
+    return mock.patch.object(mujoco.MjModel, "from_xml_string", load_plain)
 
 
 def collect(env_id, episodes, workers, path):
