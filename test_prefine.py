@@ -1405,9 +1405,9 @@ def bench(episodes):
     pairs = {"preferred": list(range(40)), "dispreferred": list(range(40, 80))}
     args = flags("")
     pretrain = functools.partial(prefine.pretrain, data, BOX_SPACE, args)
-    show("a pre-training update to a bare one", pretrain, bare_updates)
+    show("a pre-training update to a bare one", pretrain, bare_updates, repeats=7)
     finetune = functools.partial(prefine.finetune, policy, data, pairs, args)
-    show("a fine-tuning update to a bare one", finetune, bare_updates)
+    show("a fine-tuning update to a bare one", finetune, bare_updates, repeats=7)
     if len(os.sched_getaffinity(0)) > 1:
 
         def evaluate(workers):
