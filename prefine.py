@@ -188,7 +188,8 @@ class GaussianPolicy(nn.Module):
 
 def save_policy(path, env_id, policy):
     """Write a checkpoint of a GaussianPolicy: the task's name and all that the policy needs."""
-    require(isinstance(policy, GaussianPolicy), "save_policy() is for a GaussianPolicy.")
+    is_right = isinstance(policy, GaussianPolicy)
+    require(is_right, "save_policy() is for a GaussianPolicy; torch.save() keeps any state_dict().")
     with written(path) as part:
         torch.save({"env": env_id, "state": policy.state_dict()}, part)
 
@@ -273,7 +274,8 @@ def draw_preferences(costs, limit, preferred, dispreferred, seed):
     is_right = preferred <= len(safe) and dispreferred <= len(unsafe)
     found = f"{len(safe)} of {len(costs)} episodes cost at most {limit:g}, see --cost-limit"
     require(is_right, f"--preferred {preferred}, --dispreferred {dispreferred}: {found}.")
-    return {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
+    preferences = {"preferred": safe[:preferred], "dispreferred": unsafe[:dispreferred]}
+    return check_preferences(preferences, len(costs))
 
 
 def read_preferences(path, episodes):
@@ -301,7 +303,8 @@ def read_preferences(path, episodes):
 
 
 def check_preferences(preferences, episodes):
-    """Labels as arrays; UserError unless they are different indices of episodes, of each label."""
+    """Labels as arrays {"preferred": [P], "dispreferred": [D]}. UserError unless they are different
+    indices of the episodes, some of each."""
     require(isinstance(preferences, dict), 'labels need {"preferred": [], "dispreferred": []}.')
     checked = {}
     for label in ("preferred", "dispreferred"):
@@ -717,8 +720,8 @@ def without_textures():
     """In this context MuJoCo loads no pictures of sky and floor, which take seconds at a reset."""
     load = mujoco.MjModel.from_xml_string
 
-    def load_plain(xml, *args):
-        return load(re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml), *args)
+    def load_plain(xml, *args, **options):
+        return load(re.sub(r'(?s)<texture.*?</texture>| texture=".*?"', "", xml), *args, **options)
 
     return mock.patch.object(mujoco.MjModel, "from_xml_string", load_plain)
 
