@@ -330,12 +330,14 @@ def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
     bad = torch.cat(dataset.steps(dispreferred, points=size_bad), 1)
     both = torch.cat([good, bad])
     both = (both - both.mean(0)) / (both.std(0) + 1e-6)  # centred, as distances are in float32
-    distances = torch.cdist(both[: len(good)], both)
+    shares = []
     for start in range(0, len(good), size):
-        own = slice(start, start + size)
-        distances[own, own] = torch.inf
-    is_dispreferred = distances.argmin(1) >= len(good)
-    return is_dispreferred.view(-1, size).double().mean(1).numpy()
+        own = slice(start, start + size)  # of one trajectory
+        distances = torch.cdist(both[own], both)
+        distances[:, own] = torch.inf
+        is_dispreferred = distances.argmin(1) >= len(good)
+        shares.append(is_dispreferred.double().mean().item())
+    return np.array(shares)
 
 
 def choose_preferred(dataset, preferences, leave_out):
