@@ -41,7 +41,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -74,11 +73,6 @@ def require(condition, sentence):
 def brief(thing):
     """A value or an error as a part of a sentence: one line, and not a long one."""
     return " ".join(str(thing).split())[:200]
-
-
-# What torch, h5py, NumPy and Python raise of damaged files and unsuitable values.
-DAMAGE = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError)
-DAMAGE += (MemoryError, pickle.UnpicklingError, UserError)
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -158,11 +152,7 @@ def gaussian_log_prob(mean, std, actions, low, high):
 
 class GaussianPolicy(nn.Module):
     """An MLP from observations to a diagonal Gaussian over actions, clipped to [low, high].
-
     low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O]."""
-
-    # Of log(std / half the range of actions); with a smaller std single steps decide the loss.
-    LOG_STD_BOUNDS = -1.5, 0.5
 
     def __init__(self, low, high, mean, std, hidden=(256, 256)):
         super().__init__()
@@ -181,8 +171,8 @@ class GaussianPolicy(nn.Module):
         middle = (self.high + self.low) / 2
         half_range = (self.high - self.low) / 2
         mean = middle + half_range * torch.tanh(raw_mean)
-        lowest, highest = self.LOG_STD_BOUNDS
-        log_std = lowest + (highest - lowest) * torch.sigmoid(raw_std)
+        # In (-1.5, 0.5), of half the range: with a smaller std single steps decide the loss.
+        log_std = -1.5 + 2 * torch.sigmoid(raw_std)
         return mean, half_range * log_std.exp()
 
 
@@ -204,7 +194,7 @@ def load_policy(path, env_id=None, advice="pass another file"):
         policy = GaussianPolicy(state["low"], state["high"], state["mean"], state["std"], hidden)
         policy.load_state_dict(state)
         return policy
-    except DAMAGE as error:
+    except Exception as error:  # what torch raises of damaged files has many types
         needs = f"{path}: needs a checkpoint of save_policy() of {env_id or 'any task'}"
         raise UserError(f"{needs}; found {brief(error)}; {advice}.") from None
 
@@ -222,7 +212,7 @@ def checked_copy(policy, dataset):
         is_right &= bool((mean + std).isfinite().all() and std.min() > 0)
         require(is_right, f"it returned {brief(output)}")
         return policy
-    except DAMAGE as error:
+    except Exception as error:  # of any module's own code too
         needs = "policy needs buffers low and high [A], the actions' bounds, and to return a tuple"
         needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
         found = f"with these data A is {dataset.actions.shape[1]}; found: {brief(error)}"
@@ -319,20 +309,16 @@ def check_preferences(preferences, episodes):
     return checked
 
 
-def dispreferred_shares(dataset, preferred, dispreferred, points=4000):
+def dispreferred_shares(dataset, preferred, dispreferred):
     """The share [P] of each preferred trajectory's steps that lie nearest to a dispreferred one, as
-    many do where a label is wrong, or was luck (editing by nearest neighbours: Wilson 1972). A step
-    is its state and action, in standard deviations; some ``points`` steps of each label are
-    compared, none with its own trajectory."""
-    size = math.ceil(points / len(preferred))  # of a preferred trajectory
-    good = torch.cat(dataset.steps(preferred, points=size), 1)
-    size_bad = math.ceil(points / len(dispreferred))
-    bad = torch.cat(dataset.steps(dispreferred, points=size_bad), 1)
+    many do where a label is wrong, or was luck (editing by nearest neighbours: Wilson 1972). Some
+    4000 standardised states and actions of each label are compared, none with its own episode."""
+    good = torch.cat(dataset.steps(preferred, points=4000), 1)
+    bad = torch.cat(dataset.steps(dispreferred, points=4000), 1)
     both = torch.cat([good, bad])
     both = (both - both.mean(0)) / (both.std(0) + 1e-6)  # centred, as distances are in float32
     shares = []
-    for start in range(0, len(good), size):
-        own = slice(start, start + size)  # of one trajectory
+    for own in torch.arange(len(good)).chunk(len(preferred)):  # the rows of one trajectory
         distances = torch.cdist(both[own], both)
         distances[:, own] = torch.inf
         is_dispreferred = distances.argmin(1) >= len(good)
@@ -369,7 +355,7 @@ def best_by_return(dataset, episodes, number):
     return episodes[best_first[: max(1, round(number))]]
 
 
-# ----------------------------------------------------------- counterfactuals, log-ratios, the loss
+# --------------------------------------- fine-tuning: counterfactuals, log-ratios, loss, the loop
 def sample_actions(mean, std, low, high):
     """Actions [..., A] sampled from a clipped Gaussian. No gradient flows through a sample."""
     return torch.normal(mean, std).clamp(low, high).detach()
@@ -393,7 +379,6 @@ def preference_loss(h_winner, h_loser, beta):
     return -nn.functional.logsigmoid(beta * lead) / beta
 
 
-# ------------------------------------------------------------------------------------ fine-tuning
 def finetune(policy, dataset, preferences, args, writer=None):
     """Align a reward-trained policy with labelled trajectories. Costs are never read.
 
@@ -412,8 +397,7 @@ def finetune(policy, dataset, preferences, args, writer=None):
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
     episodes = best_by_return(dataset, preferred, number)
-    lengths = dataset.ends - dataset.starts
-    preferred_steps = lengths[episodes].sum().item()
+    preferred_steps = len(dataset.steps(episodes)[1])
     if args.loser == "dispreferred":
         episodes = [*episodes, *preferences["dispreferred"]]
     observations, actions = dataset.steps(episodes, device)
@@ -566,11 +550,11 @@ class Dataset(NamedTuple):
 
     def steps(self, episodes, device="cpu", points=None):
         """Observations [M, O] and actions [M, A] of all steps of the given episodes, in order, or
-        of so many ``points`` of each, evenly spaced from its first step to its last."""
+        of some ``points``, as many of each, evenly spaced from its first step to its last."""
         rows = []
         for episode in episodes:
             first, end = self.starts[episode].item(), self.ends[episode].item()
-            size = points or end - first
+            size = math.ceil(points / len(episodes)) if points else end - first
             rows.append(torch.linspace(first, end - 1, size, dtype=torch.float64).long())
         rows = torch.cat(rows)
         return self.observations[rows].to(device), self.actions[rows].to(device)
@@ -624,7 +608,7 @@ def load_dataset(path, env, with_costs=True):
         dataset = make_dataset(**arrays)
         check_box("observations", env.observation_space, dataset.observations)
         check_box("actions", env.action_space, dataset.actions)
-    except DAMAGE as error:
+    except Exception as error:  # what h5py raises of damaged files has many types
         advice = "a file that was downloaded or collected is made again once it is deleted"
         raise UserError(f"--dataset {path}: not usable: {brief(error)}; {advice}.") from None
     low, high = torch.Tensor(env.action_space.low), torch.Tensor(env.action_space.high)
@@ -670,10 +654,10 @@ def import_simulators():
     gymnasium.logger.set_level(gymnasium.logger.ERROR)
     plain_field = dataclasses.field
 
-    def field(default=dataclasses.MISSING, **options):
-        if isinstance(default, np.ndarray):  # since 3.11 a field's default can't be an array
-            return plain_field(default_factory=default.copy, **options)
-        return plain_field(default=default, **options)
+    def field(**options):
+        if isinstance(options.get("default"), np.ndarray):  # since 3.11 it can't be an array
+            options["default_factory"] = options.pop("default").copy
+        return plain_field(**options)
 
     with mock.patch("dataclasses.field", field):
         import dsrl.offline_bullet_safety_gym
@@ -743,7 +727,6 @@ def collect(env_id, episodes, workers, path):
 def bullet_controller(env, seed):
     """Follow a circle whose |x| is clipped at a wall, or a lane, as drawn anew for each episode."""
     rng = np.random.default_rng(seed)
-    is_car = "Car" in env.spec.id
     is_circle = "Circle" in env.spec.id
     noise = rng.uniform(0.05, 0.4)
     speed = rng.uniform(1.5, 9) if is_circle else 0.5 + 8.5 * rng.uniform() ** 2
@@ -762,7 +745,7 @@ def bullet_controller(env, seed):
             heading = target - position
             wanted = speed * heading / (np.linalg.norm(heading) + 1e-6)
         action = wanted - velocity  # a ball is pushed
-        if is_car:  # it steers, and drives backwards, as it starts
+        if "Car" in env.spec.id:  # it steers, and drives backwards, as it starts
             facing = complex(observation[5], observation[4])
             turn = np.angle(-complex(*wanted) / facing)
             action = np.array([-speed / 9, -2 * turn])
@@ -824,7 +807,7 @@ def print_table(folder):
             metrics = json.loads(path.read_text())
             title = f"{metrics['title']}, data {config['dataset'][:4]}"
             method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
-        except DAMAGE as error:  # emptied by a power cut, or of another version
+        except Exception as error:  # emptied by a power cut, or of another version
             print(f"left out: {path} or its config.json is damaged: {error}", file=sys.stderr)
             continue
         for flag in sorted(preset.keys() - {"env", "seed", "dataset", "cost_limit"}):
@@ -838,10 +821,9 @@ def print_table(folder):
         line = f"| {title} | {method} | {len(seeds)} |"
         for name in ("return_mean", "cost_mean", "violation_rate", "failure_rate"):
             form = ".0%" if name.endswith("rate") else ".4g"
-            before = [metrics["pretrained"][name] for metrics in seeds.values()]
-            after = [metrics["finetuned"][name] for metrics in seeds.values()]
-            line += f" {np.mean(before):{form}} ± {np.std(before):{form}} →"
-            line += f" {np.mean(after):{form}} ± {np.std(after):{form}} |"
+            for policy, end in {"pretrained": "→", "finetuned": "|"}.items():
+                values = [metrics[policy][name] for metrics in seeds.values()]
+                line += f" {np.mean(values):{form}} ± {np.std(values):{form}} {end}"
         print(line if len(seeds) > 1 else re.sub(" ± [^ ]*", "", line))
 
 
@@ -851,14 +833,12 @@ def draw_report(path, title, limit, points):
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     panel = figure.subplots()
-    colours = {"preferred": "tab:blue", "dispreferred": "tab:red"}
-    colours |= {"pre-trained policy": "orange", "fine-tuned policy": "green"}
+    styles = {"preferred": "C0.", "dispreferred": "C3."}  # colour and marker
+    styles |= {"pre-trained policy": "C1x", "fine-tuned policy": "C2x"}
     for name, (costs, returns) in points.items():
-        marker = "x" if name.endswith("policy") else "."
-        panel.scatter(costs, returns, marker=marker, color=colours[name], label=name)
+        panel.plot(costs, returns, styles[name], label=name)
     panel.axvline(limit, color="k", ls="--", label="cost limit")
-    panel.set_xlabel("cost of an episode")
-    panel.set_ylabel("return of an episode")
+    panel.set(xlabel="cost of an episode", ylabel="return of an episode")
     panel.set_title(title, fontsize=10, parse_math=False)
     panel.legend(fontsize=8)
     with written(path) as part:
@@ -904,7 +884,7 @@ def stage(path, args, make):
         print(f"{path}: done already")
     else:
         save_policy(path, args.env, make())
-    return load_policy(path, args.env, "delete it, and it is made again")
+    return load_policy(path, args.env, "delete it, and it is made again").to(args.device)
 
 
 def run(args):
@@ -944,13 +924,12 @@ def run(args):
     writer = SummaryWriter(folder)
     path = folder / "pretrained.pt"
     policy = stage(path, args, lambda: given or pretrain(dataset, env.action_space, args, writer))
-    policy.to(args.device)
     path = folder / "finetuned.pt"
     aligned = stage(path, args, lambda: finetune(policy, dataset, preferences, args, writer))
 
     options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
     before = evaluate(policy.cpu(), *options, "evaluating pre-trained")
-    after = evaluate(aligned, *options, "evaluating fine-tuned")
+    after = evaluate(aligned.cpu(), *options, "evaluating fine-tuned")
     for stage_number, metrics in enumerate([before, after]):
         writer.add_scalar("evaluation/return_mean", metrics["return_mean"], stage_number)
         writer.add_scalar("evaluation/cost_mean", metrics["cost_mean"], stage_number)
