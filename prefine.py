@@ -41,6 +41,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -73,6 +74,11 @@ def require(condition, sentence):
 def brief(thing):
     """A value or an error as a part of a sentence: one line, and not a long one."""
     return " ".join(str(thing).split())[:200]
+
+
+# What torch, h5py, NumPy and Python raise of damaged files and unsuitable values.
+DAMAGE = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError)
+DAMAGE += (MemoryError, pickle.UnpicklingError, UserError)
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -152,6 +158,7 @@ def gaussian_log_prob(mean, std, actions, low, high):
 
 class GaussianPolicy(nn.Module):
     """An MLP from observations to a diagonal Gaussian over actions, clipped to [low, high].
+
     low, high: bounds of the actions, [A]. mean, std: what normalises observations, [O]."""
 
     def __init__(self, low, high, mean, std, hidden=(256, 256)):
@@ -171,7 +178,7 @@ class GaussianPolicy(nn.Module):
         middle = (self.high + self.low) / 2
         half_range = (self.high - self.low) / 2
         mean = middle + half_range * torch.tanh(raw_mean)
-        # In (-1.5, 0.5), of half the range: with a smaller std single steps decide the loss.
+        # log(std / half_range) is in (-1.5, 0.5): with a smaller std single steps decide the loss.
         log_std = -1.5 + 2 * torch.sigmoid(raw_std)
         return mean, half_range * log_std.exp()
 
@@ -194,7 +201,7 @@ def load_policy(path, env_id=None, advice="pass another file"):
         policy = GaussianPolicy(state["low"], state["high"], state["mean"], state["std"], hidden)
         policy.load_state_dict(state)
         return policy
-    except Exception as error:  # what torch raises of damaged files has many types
+    except DAMAGE as error:
         needs = f"{path}: needs a checkpoint of save_policy() of {env_id or 'any task'}"
         raise UserError(f"{needs}; found {brief(error)}; {advice}.") from None
 
@@ -212,7 +219,7 @@ def checked_copy(policy, dataset):
         is_right &= bool((mean + std).isfinite().all() and std.min() > 0)
         require(is_right, f"it returned {brief(output)}")
         return policy
-    except Exception as error:  # of any module's own code too
+    except DAMAGE as error:
         needs = "policy needs buffers low and high [A], the actions' bounds, and to return a tuple"
         needs += " (mean, std) [B, A] of observations [B, O]: float32, finite, std > 0, trainable"
         found = f"with these data A is {dataset.actions.shape[1]}; found: {brief(error)}"
@@ -397,7 +404,8 @@ def finetune(policy, dataset, preferences, args, writer=None):
     preferred = choose_preferred(dataset, preferences, args.leave_out)
     number = args.finetune_top * len(preferences["preferred"])
     episodes = best_by_return(dataset, preferred, number)
-    preferred_steps = len(dataset.steps(episodes)[1])
+    lengths = dataset.ends - dataset.starts
+    preferred_steps = lengths[episodes].sum().item()
     if args.loser == "dispreferred":
         episodes = [*episodes, *preferences["dispreferred"]]
     observations, actions = dataset.steps(episodes, device)
@@ -608,7 +616,7 @@ def load_dataset(path, env, with_costs=True):
         dataset = make_dataset(**arrays)
         check_box("observations", env.observation_space, dataset.observations)
         check_box("actions", env.action_space, dataset.actions)
-    except Exception as error:  # what h5py raises of damaged files has many types
+    except DAMAGE as error:
         advice = "a file that was downloaded or collected is made again once it is deleted"
         raise UserError(f"--dataset {path}: not usable: {brief(error)}; {advice}.") from None
     low, high = torch.Tensor(env.action_space.low), torch.Tensor(env.action_space.high)
@@ -807,7 +815,7 @@ def print_table(folder):
             metrics = json.loads(path.read_text())
             title = f"{metrics['title']}, data {config['dataset'][:4]}"
             method, preset = config["method"], vars(parse_args(["--method", config["method"]]))
-        except Exception as error:  # emptied by a power cut, or of another version
+        except DAMAGE as error:  # emptied by a power cut, or of another version
             print(f"left out: {path} or its config.json is damaged: {error}", file=sys.stderr)
             continue
         for flag in sorted(preset.keys() - {"env", "seed", "dataset", "cost_limit"}):
@@ -884,7 +892,7 @@ def stage(path, args, make):
         print(f"{path}: done already")
     else:
         save_policy(path, args.env, make())
-    return load_policy(path, args.env, "delete it, and it is made again").to(args.device)
+    return load_policy(path, args.env, "delete it, and it is made again")
 
 
 def run(args):
@@ -924,12 +932,13 @@ def run(args):
     writer = SummaryWriter(folder)
     path = folder / "pretrained.pt"
     policy = stage(path, args, lambda: given or pretrain(dataset, env.action_space, args, writer))
+    policy.to(args.device)
     path = folder / "finetuned.pt"
     aligned = stage(path, args, lambda: finetune(policy, dataset, preferences, args, writer))
 
     options = args.env, args.eval_episodes, args.seed, args.cost_limit, args.workers
     before = evaluate(policy.cpu(), *options, "evaluating pre-trained")
-    after = evaluate(aligned.cpu(), *options, "evaluating fine-tuned")
+    after = evaluate(aligned, *options, "evaluating fine-tuned")
     for stage_number, metrics in enumerate([before, after]):
         writer.add_scalar("evaluation/return_mean", metrics["return_mean"], stage_number)
         writer.add_scalar("evaluation/cost_mean", metrics["cost_mean"], stage_number)
